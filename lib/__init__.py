@@ -1,0 +1,1 @@
+"""Pruning of pretrained causal language models with gradients: the library behind main.py and gradient_computation.py."""

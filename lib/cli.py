@@ -1,0 +1,64 @@
+"""What the two commands share: the flags about model, data and device, and the set-up of the log."""
+
+import argparse
+import logging
+import sys
+import warnings
+
+from lib import data, model
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that mean the same to main.py and gradient_computation.py."""
+    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
+    parser.add_argument("--nsamples", type=positive, default=128, help="calibration samples (default: %(default)s)")
+    parser.add_argument(
+        "--seq_length",
+        type=positive,
+        default=2048,
+        help="tokens of a sample and of an evaluation window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the calibration samples; both commands draw the same (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset",
+        default="c4",
+        help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file (default: %(default)s)",
+    )
+    parser.add_argument("--pack", action="store_true", help="join calibration documents with EOS and cut, for short documents")
+    parser.add_argument("--data_dir", help="read c4 and wikitext2 from this folder, laid out as on the hub")
+    parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *model.DTYPES],
+        default="auto",
+        help="to compute in; auto: the checkpoint's on a GPU, bfloat16 on a CPU with instructions for it, else float32",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+
+
+def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with `parser.error` if a shared flag cannot work."""
+    try:
+        model.resolve_device(args.device)
+        data.check_source(args.dataset, args.data_dir)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        parser.error(str(error))
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def set_up_logging() -> None:
+    """Log lines to standard error, so that standard output is the result."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in ("httpx", "httpcore", "datasets", "transformers", "accelerate", "fsspec", "filelock", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    warnings.simplefilter("once")

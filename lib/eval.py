@@ -1,0 +1,41 @@
+"""Perplexity of a model on a token stream."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from lib.model import Decoder
+
+
+def windows_of(tokens: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """Cut a stream (n_tokens,) into full windows (n, T); the short tail is dropped.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    count = len(tokens) // seq_length
+    if count == 0:
+        raise ValueError(
+            f"the evaluation text has {len(tokens)} tokens, fewer than one window of {seq_length}: shorten --seq_length"
+        )
+    return tokens[: count * seq_length].view(count, seq_length)
+
+
+@torch.no_grad()
+def perplexity(decoder: Decoder, windows: torch.Tensor, group: int = 1, progress: str = "perplexity") -> float:
+    """`exp` of the mean over windows (n, T) of each window's mean cross-entropy over its T - 1 targets.
+
+    `group` windows go through the blocks together, so a streamed block is read once for all of them; each window is still
+    a batch of its own, and the result does not depend on the group.
+    """
+    losses = []
+    with tqdm(total=len(windows), desc=progress, unit="window", disable=None) as bar:
+        for chunk in windows.split(group):
+            states = [decoder.enter(window[None]) for window in chunk]
+            for i in range(len(decoder)):
+                with decoder.resident(i):
+                    decoder.advance(i, states)
+            losses += [decoder.loss(state.hidden, window[None]) for state, window in zip(states, chunk, strict=True)]
+            bar.update(len(chunk))
+    return math.exp(torch.stack(losses).double().mean().item())

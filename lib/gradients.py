@@ -1,0 +1,215 @@
+"""Gradient norms, block by block: calibration windows in, fp32 sums of |G| and G^2 per weight out.
+
+The chain rule is cut at the borders of the blocks. Forward: every block's input is kept. Backward, from the last block to
+the first: a sample's upstream gradient goes through one block, the gradients of its linears are added to the sums and
+dropped, and the gradient of its input is kept for the block before. The numbers equal whole-model autograd to rounding, yet
+gradients, sums and (recomputing) graph and weights exist for one block at a time.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, MutableMapping
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lib.model import Decoder, State
+
+logger = logging.getLogger(__name__)
+
+NORMS = ("l1", "l2")
+SCALE = 100.0  # of the published gradient files: G is multiplied by it before the norm
+
+# float16 only. Gradients of a mean loss over 2048 tokens are often below 6e-8, the smallest float16: the loss is multiplied
+# by a power of two before backward, and the factor taken out in fp32 when a gradient is added to the sums. Since each
+# block's backward starts anew, the factor is readjusted at every border to the magnitude of the gradient there.
+LOSS_SCALE = 2.0**16
+BORDER_MAGNITUDE = 16.0  # the largest entry of an upstream gradient after readjusting: far from overflow and underflow
+OVERFLOW_STEP = 2.0**4
+LOSS_SCALE_MIN = 2.0**-24
+
+
+class BlockSums:
+    """Per-sample gradients of one block's linears, summed in fp32: `totals[norm][linear]` is (out, in).
+
+    Absolute values and squares are taken per sample; summing signed gradients first is a different, far worse score
+    (arXiv 2311.04902 reports perplexity 119.7 for it against 7.09).
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], norms: tuple[str, ...], scale: float):
+        self.scale = scale
+        self.totals = {
+            norm: {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
+            for norm in norms
+        }
+
+    def add(self, name: str, gradient: torch.Tensor, loss_scale: float = 1.0) -> None:
+        """Add one sample's gradient (out, in), of a loss multiplied by `loss_scale`. The gradient's memory is reused."""
+        factor = self.scale / loss_scale
+        gradient = gradient.float()
+        if "l2" in self.totals:
+            self.totals["l2"][name].addcmul_(gradient, gradient, value=factor * factor)
+        if "l1" in self.totals:
+            self.totals["l1"][name].add_(gradient.abs_(), alpha=factor)
+
+    def result(self, norm: str) -> dict[str, torch.Tensor]:
+        """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples. Consumes the sums."""
+        totals = self.totals.pop(norm)
+        return {name: total.sqrt_() for name, total in totals.items()} if norm == "l2" else totals
+
+
+def gradient_norms(
+    decoder: Decoder,
+    windows: torch.Tensor,
+    *,
+    norms: tuple[str, ...] = NORMS,
+    scale: float = SCALE,
+    keep_graph: bool = True,
+    group: int | None = None,
+    kept: MutableMapping[int, BlockSums] | None = None,
+) -> Iterator[tuple[int, BlockSums]]:
+    """Sum the gradients of every linear in every block over windows (n, T), one sample at a time.
+
+    Labels are the input ids, the loss is the model's own mean cross-entropy (arXiv 2311.04902, section 3).
+
+    Args:
+        keep_graph: keep each block's graph from the forward (a sample at a time; sums of all blocks persist). Otherwise
+            blocks are run again for their backward, and `group` samples (default: all) share a walk over the blocks.
+        kept: where sums wait between groups of samples; a dict unless given.
+
+    Yields:
+        (block index, its sums), last block first, each as soon as it is final.
+
+    Raises:
+        ValueError: a non-finite loss or gradient (names the sample), or a linear that no sample gave a gradient.
+    """
+    for i in range(len(decoder)):
+        for linear in decoder.linears(i).values():
+            linear.weight.requires_grad_(True)  # nothing but the blocks' linears ever gets a gradient
+    kept = {} if kept is None else kept
+    walk = _Walk(decoder, norms, scale, keep_graph)
+    groups = windows.split(1 if keep_graph else group or len(windows))
+    steps = len(windows) * len(decoder)
+    with tqdm(total=steps, desc="gradients", unit="block", disable=None) as bar:
+        for number, chunk in enumerate(groups):
+            final = number == len(groups) - 1
+            for i, sums in walk.group(chunk, kept, number * len(groups[0])):
+                bar.update(len(chunk))
+                if final:
+                    yield i, sums
+                else:
+                    kept[i] = sums
+    walk.report_missing(len(windows))
+
+
+class _Walk:
+    """Groups of samples through the blocks and back."""
+
+    def __init__(self, decoder: Decoder, norms: tuple[str, ...], scale: float, keep_graph: bool):
+        self.decoder = decoder
+        self.norms = norms
+        self.scale = scale
+        self.keep_graph = keep_graph
+        self.scaled = decoder.model.dtype == torch.float16
+        self.missing: dict[str, int] = {}  # linear -> samples that gave it no gradient
+
+    def group(self, chunk: torch.Tensor, kept: MutableMapping[int, BlockSums], first: int):
+        """One group of samples, (g, T), the first of which is sample `first` of the run; yields (block, sums)."""
+        decoder = self.decoder
+        states = [decoder.enter(window[None]) for window in chunk]
+        borders = [self._forward(i, states) for i in range(len(decoder))]
+        upstream = [
+            self._tail(state, window[None], first + s) for s, (state, window) in enumerate(zip(states, chunk, strict=True))
+        ]
+        for i in reversed(range(len(decoder))):
+            linears = decoder.linears(i)
+            with decoder.resident(i):
+                sums = kept.pop(i) if i in kept else BlockSums(linears, self.norms, self.scale)
+                border, finite = borders.pop(), []
+                for s, state in enumerate(states):
+                    inputs, output = border[s]
+                    border[s] = None  # the graph of a sample goes with its gradients
+                    if output is None:
+                        with torch.enable_grad():
+                            output = decoder.run(i, inputs.requires_grad_(i > 0), state.kwargs[i])
+                    upstream[s] = self._backward(i, linears, sums, inputs, output, upstream[s], first + s, finite)
+                    del inputs, output
+                if finite and not torch.stack(finite).all():  # one look at the device per block
+                    sample = first + torch.stack(finite).logical_not().nonzero()[0].item()
+                    raise ValueError(f"sample {sample} gives a non-finite gradient in block {i}: {_REMEDY}")
+            yield i, sums
+
+    def _forward(self, i: int, states: list[State]) -> list[tuple]:
+        """Block `i` forward: per sample (its input, its output with the graph, or None where it will be recomputed)."""
+        border = []
+        with self.decoder.resident(i):
+            for state in states:
+                inputs = state.hidden
+                if self.keep_graph:
+                    with torch.enable_grad():
+                        output = self.decoder.run(i, inputs.requires_grad_(i > 0), state.kwargs[i])
+                    state.hidden = output.detach()
+                else:
+                    output = None
+                    self.decoder.advance(i, [state])
+                border.append((inputs, output))
+        return border
+
+    def _tail(self, state: State, tokens: torch.Tensor, sample: int) -> tuple[torch.Tensor, float]:
+        """dL/dhidden of the last block's output, multiplied by a loss scale, and that scale."""
+        hidden, state.hidden = state.hidden.requires_grad_(), None
+        loss_scale = LOSS_SCALE if self.scaled else 1.0
+        while True:
+            with torch.enable_grad():
+                loss = self.decoder.loss(hidden, tokens) * loss_scale
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"sample {sample} has a loss of {loss.item() / loss_scale}: {_REMEDY}")
+            (gradient,) = torch.autograd.grad(loss, hidden)
+            if not self.scaled or torch.isfinite(gradient).all():
+                return gradient, loss_scale
+            loss_scale = self._lower(loss_scale, sample, "the LM head")
+
+    def _backward(self, i, linears, sums, inputs, output, upstream, sample, finite):
+        """One sample through block `i`: add its gradients to the sums, return the upstream gradient of block i - 1."""
+        gradient, loss_scale = upstream
+        wanted = [linear.weight for linear in linears.values()] + ([inputs] if i > 0 else [])
+        while True:
+            grads = torch.autograd.grad(output, wanted, gradient, allow_unused=True, retain_graph=self.scaled)
+            sound = torch.stack([grad.isfinite().all() for grad in grads if grad is not None]).all()
+            if not self.scaled:
+                finite.append(sound)
+                break
+            if sound:
+                break
+            lowered = self._lower(loss_scale, sample, f"block {i}")
+            gradient, loss_scale = gradient * (lowered / loss_scale), lowered
+        for name, grad in zip(linears, grads, strict=False):
+            if grad is None:
+                key = f"{self.decoder.prefixes[i]}{name}"
+                self.missing[key] = self.missing.get(key, 0) + 1
+            else:
+                sums.add(name, grad, loss_scale)
+        if i == 0:
+            return None
+        if self.scaled and (largest := grads[-1].abs().amax().item()) > 0:
+            step = 2.0 ** math.floor(math.log2(BORDER_MAGNITUDE / largest))
+            return grads[-1] * step, loss_scale * step
+        return grads[-1], loss_scale
+
+    def _lower(self, loss_scale: float, sample: int, where: str) -> float:
+        if loss_scale < LOSS_SCALE_MIN:
+            raise ValueError(f"sample {sample} gives a non-finite gradient in {where} at any loss scale: {_REMEDY}")
+        return loss_scale / OVERFLOW_STEP
+
+    def report_missing(self, nsamples: int) -> None:
+        never = [name for name, count in self.missing.items() if count == nsamples]
+        if never:
+            raise ValueError(
+                f"{never[0]} got no gradient from any of the {nsamples} samples: it does not take part in the loss"
+            )
+        for name, count in self.missing.items():
+            logger.warning("%s got no gradient from %d of %d samples", name, count, nsamples)
+
+
+_REMEDY = "use --dtype bfloat16 or float32, or leave the sample out with another --seed"

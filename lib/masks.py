@@ -1,0 +1,120 @@
+"""Score to mask: which weights go. A mask is bool, (out, in), and True where a weight is REMOVED, everywhere in this project.
+
+Ties fall to the lower column, as a stable ascending sort would have it, but nothing here sorts a whole row where
+selecting one value is enough.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+VARIANT_TOLERANCE = 0.001  # of `--use_variant`: on the sparsity reached, and on the bracket of the bisection
+RANKED_GROUP = 8  # groups up to this size are ranked by comparing all pairs, larger ones by selection (measured)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How much to remove: a share `ratio` of every row (or matrix), or exactly `n` of every `m` consecutive inputs."""
+
+    ratio: float
+    n: int | None = None
+    m: int | None = None
+
+    @classmethod
+    def parse(cls, pattern: str, ratio: float | None = None) -> "Sparsity":
+        """Read "unstructured" (needs `ratio`) or "N:M" (N REMOVED of every M; implies the ratio N / M).
+
+        Raises:
+            ValueError: unknown pattern, N not below M, a ratio outside [0, 1), missing, or contradicting N:M.
+        """
+        if pattern == "unstructured":
+            if ratio is None:
+                raise ValueError("unstructured sparsity needs a ratio: add --sparsity_ratio, for example 0.5")
+            if not 0 <= ratio < 1:
+                raise ValueError(f"sparsity ratio {ratio} is outside [0, 1): give the share of weights to remove")
+            return cls(ratio)
+        match = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not match:
+            raise ValueError(f'sparsity type {pattern!r} is neither "unstructured" nor N:M such as 2:4')
+        n, m = map(int, match.groups())
+        if not 0 < n < m:
+            raise ValueError(f"sparsity type {pattern}: N counts the removed weights of every M, so 0 < N < M must hold")
+        if ratio is not None and abs(ratio - n / m) > 1e-9:
+            raise ValueError(f"sparsity type {pattern} implies the ratio {n / m:g}, not {ratio:g}: leave --sparsity_ratio out")
+        return cls(n / m, n, m)
+
+    def check_width(self, name: str, width: int) -> None:
+        """Raise ValueError if a linear with `width` inputs cannot be cut into groups of `m`."""
+        if self.m and width % self.m:
+            raise ValueError(f"{name} has {width} inputs, not divisible by {self.m}: choose an N:M whose M divides it")
+
+
+def per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Remove the `int(in * ratio)` lowest scores of every output row."""
+    return _lowest(score, int(score.shape[-1] * ratio))
+
+
+def whole_matrix(score: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Remove every score not above the value at position `int(out * in * ratio)` of the ascending order."""
+    return score <= value_at(score, int(score.numel() * ratio))
+
+
+def n_of_m(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Remove the `n` lowest scores of every `m` consecutive inputs; `in` must be divisible by `m`."""
+    groups = score.reshape(-1, m)
+    if m > RANKED_GROUP:
+        return _lowest(groups, n).view(score.shape)
+    # A score's rank is the number of scores before it in the stable ascending order of its group. Each shift compares all
+    # pairs that stand `shift` apart: of two equal scores the left one comes first.
+    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    for shift in range(1, m):
+        left_first = groups[:, :-shift] <= groups[:, shift:]
+        rank[:, shift:] += left_first
+        rank[:, :-shift] += ~left_first
+    return (rank < n).view(score.shape)
+
+
+def variant(score: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Wanda's variant: remove per row the lowest scores that add up to a share of the row's total, the same share everywhere.
+
+    The share is bisected in [0, 0.8] from 0.4 until the matrix' sparsity is within 0.001 of `ratio`, or the bracket
+    is narrower than 0.001 (Wanda, arXiv 2306.11695, section 4.3, `--use_variant`).
+    """
+    order = score.sort(dim=-1, stable=True)
+    cumulative = order.values.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    low, share, high = 0.0, 0.4, 0.8
+    while True:
+        removed = torch.searchsorted(cumulative, total * share, right=True)  # (out, 1): how many c <= share * total
+        sparsity = removed.sum().item() / score.numel()
+        if abs(sparsity - ratio) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
+            break
+        if sparsity > ratio:
+            high, share = share, (share + low) / 2
+        else:
+            low, share = share, (share + high) / 2
+    columns = torch.arange(score.shape[-1], device=score.device)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order.indices, columns < removed)
+
+
+def value_at(values: torch.Tensor, position: int) -> torch.Tensor:
+    """The value at `position` (from 0) of the ascending order of all `values`, without sorting them."""
+    return values.flatten().kthvalue(position + 1).values
+
+
+def _lowest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` lowest scores of every row of a 2-d tensor, ties to the lower column."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(count, dim=-1, keepdim=True).values
+    mask = score <= threshold
+    marked = torch.count_nonzero(mask).item()
+    if marked < count * len(score):
+        raise ValueError("scores contain NaN: check the weights, the activations and the gradient norms")
+    if marked > count * len(score):  # several scores equal a row's threshold: take them from the left, up to the count
+        below = score < threshold
+        tied = mask & ~below
+        room = count - below.sum(dim=-1, keepdim=True)
+        mask = below | (tied & (tied.cumsum(dim=-1) <= room))
+    return mask

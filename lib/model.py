@@ -1,0 +1,278 @@
+"""A causal language model of Hugging Face as head - blocks - tail; the only module that knows `transformers`' models.
+
+    head: token embeddings, attention masks, rotary tables     blocks: the decoder layers     tail: final norm, LM head, loss
+
+Head and tail are the model's own forward with the blocks' forward replaced, so sliding windows, embedding scales, logit
+soft-capping and tied heads are the model's own and no family is a special case.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
+
+from lib import checkpoint
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_VALUES = 16  # weights of each linear that identify it
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class State:
+    """One sample on its way through the blocks: `hidden` (B, T, H) and the keyword arguments of every block."""
+
+    hidden: torch.Tensor
+    kwargs: list[dict]
+
+
+class _Recorded(Exception):
+    """Leaves the model's forward once the last block's arguments are known."""
+
+
+class Decoder:
+    """A causal LM as head - blocks - tail, in memory or (`source` given) with its blocks read from disk as needed.
+
+    Args:
+        model: any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`; its parameters are frozen.
+        device: where the blocks compute. Whatever of the model is in memory must already be there.
+        source: {tensor name: tensor}; the blocks' own tensors are then on the meta device.
+
+    Raises:
+        ValueError: no list of decoder blocks, or a block with weight matrices that are not `nn.Linear`.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, source: Mapping[str, torch.Tensor] | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.device = device
+        self.source = source
+        path, self.blocks = _find_blocks(model)
+        self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
+        self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
+        self._returns_tuple = False  # of a block; learnt when one runs
+        for i, block in enumerate(self.blocks):
+            _require_linears(f"{path}.{i}", block)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def linears(self, i: int) -> dict[str, nn.Linear]:
+        """{path inside the block: linear} of block `i`."""
+        return {name: module for name, module in self.blocks[i].named_modules() if isinstance(module, nn.Linear)}
+
+    def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
+        """A few weights of each linear of block `i`, evenly spaced, fp32 on the CPU: {linear: (FINGERPRINT_VALUES,)}."""
+        values = {}
+        for name, linear in self.linears(i).items():
+            weight = self.source[f"{self.prefixes[i]}{name}.weight"] if self.source else linear.weight
+            where = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+            values[name] = weight.flatten()[where.to(weight.device)].float().cpu()
+        return values
+
+    @contextmanager
+    def resident(self, i: int) -> Iterator[nn.Module]:
+        """Inside the context, block `i`'s weights are on the compute device. Changes to streamed weights do not outlive it."""
+        block = self.blocks[i]
+        if self.source is None:
+            yield block
+            return
+        names = list(block.state_dict())
+        try:
+            for name in names:
+                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, copy=True)
+                set_module_tensor_to_device(block, name, self.device, value=value)
+            yield block
+        finally:
+            for name in names:
+                set_module_tensor_to_device(block, name, "meta")
+
+    @torch.no_grad()
+    def enter(self, tokens: torch.Tensor) -> State:
+        """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""
+        calls: list[tuple[torch.Tensor, dict]] = []
+
+        def recorder(block: nn.Module):
+            parameters = signature(type(block).forward).parameters.values()
+            names = [parameter.name for parameter in parameters][1:]  # without self
+
+            def record(*args, **kwargs):
+                bound = dict(zip(names, args, strict=False)) | kwargs
+                hidden = bound.pop(names[0])
+                # A live cache would collect keys across samples.
+                calls.append((hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}))
+                if len(calls) == len(self.blocks):
+                    raise _Recorded
+                return hidden
+
+            return record
+
+        with self._blocks_replaced([recorder(block) for block in self.blocks]):
+            try:
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+            except _Recorded:
+                pass
+        kwargs = [call for _, call in calls]
+        if not _equal(kwargs, self._kwargs):
+            self._kwargs = kwargs
+        return State(calls[0][0], self._kwargs)
+
+    def run(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Block `i`, which must be resident: (B, T, H) to (B, T, H)."""
+        output = self.blocks[i](hidden, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        return output[0] if self._returns_tuple else output
+
+    @torch.no_grad()
+    def advance(self, i: int, states: list[State]) -> None:
+        """Send every state through block `i`, which must be resident, in place."""
+        for state in states:
+            state.hidden = self.run(i, state.hidden, state.kwargs[i])
+
+    def loss(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The tail: the model's own mean cross-entropy of `tokens` (B, T) given the last block's output (B, T, H)."""
+        output = (hidden,) if self._returns_tuple else hidden
+        tokens = tokens.to(self.device)
+        with self._blocks_replaced([lambda *args, **kwargs: output] * len(self.blocks)):
+            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    @contextmanager
+    def _blocks_replaced(self, forwards: list) -> Iterator[None]:
+        # On the instance, so that a model that asks a block for its attributes still finds them.
+        try:
+            for block, forward in zip(self.blocks, forwards, strict=True):
+                block.forward = forward
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "auto", streamed: bool = False, cache_dir=None) -> Decoder:
+    """Load a local or hub model for inference and pruning.
+
+    `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
+    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's safetensors.
+
+    Raises:
+        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without matching safetensors.
+    """
+    device = resolve_device(device)
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    run_dtype = resolve_dtype(dtype, config, device)
+    if not streamed:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=run_dtype, cache_dir=cache_dir, device_map={"": device} if device.type != "cpu" else None
+        )
+        return Decoder(model, device)
+
+    source = checkpoint.open_checkpoint(name, cache_dir)
+    remedy = "save it once with transformers (model.save_pretrained) or use --memory resident"
+    if source is None:
+        raise ValueError(f"{name} has no safetensors files, which streaming reads blocks from: {remedy}")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=run_dtype)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    names = [key for key in model.state_dict() if key not in tied or key in source]
+    if missing := [key for key in names if key not in source]:
+        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
+    path, _ = _find_blocks(model)
+    for key in names:
+        if not key.startswith(path + "."):
+            set_module_tensor_to_device(model, key, device, value=source[key].to(device, run_dtype, copy=True))
+    model.tie_weights()
+    for key, buffer in model.named_buffers():
+        if buffer.device.type != "meta":
+            set_module_tensor_to_device(model, key, device, value=buffer)
+    return Decoder(model, device, source)
+
+
+def load_tokenizer(name: str, cache_dir: str | None = None):
+    """The model's own tokenizer."""
+    return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+
+
+def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
+    """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
+    own = checkpoint.open_checkpoint(name, cache_dir)
+    state = decoder.model.state_dict()
+    if own is not None and all(key in own for key in saved_names(decoder)):
+        return own
+    logger.warning("%s has no safetensors under the model's names: it is saved in %s", name, decoder.model.dtype)
+    return state
+
+
+def saved_config(name: str, dtype: torch.dtype, cache_dir: str | None = None):
+    """The checkpoint's own config, for weights saved in `dtype`."""
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    config.dtype = dtype
+    return config
+
+
+def saved_names(decoder: Decoder) -> list[str]:
+    """The tensors a checkpoint must hold: all of the state but those that are tied to another."""
+    tied = set(getattr(decoder.model, "all_tied_weights_keys", {}))
+    return [key for key in decoder.model.state_dict() if key not in tied]
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first GPU where there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
+    """The torch dtype for a --dtype value; see `load`."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return getattr(config, "dtype", None) or torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return next(name for name, other in model.named_modules() if other is module), module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks: this project prunes decoder-only models")
+
+
+def _require_linears(path: str, block: nn.Module) -> None:
+    linear = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim > 1 and id(parameter) not in linear:
+            owner = type(block.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
+                "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
+            )
+
+
+def _equal(a, b) -> bool:
+    """Whether two nested arguments hold the same values."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return a == b

@@ -1,0 +1,95 @@
+"""What a run leaves behind: log.txt as published, results.json, a plot; and the time and memory each phase took."""
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def check_writable(folder: str | None) -> None:
+    """Make a folder that results will go to, and fail now (OSError) rather than after hours if that is impossible."""
+    if folder is not None:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+
+
+class Phases:
+    """Seconds and peak memory of the named parts of a run: `with phases("prune"): ...`, then `phases.record`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.record: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        _reset_peak(self.device)
+        yield
+        entry = {"seconds": round(time.perf_counter() - start, 2), "peak_host_gb": round(_peak_host() / 1e9, 3)}
+        if self.device.type == "cuda":
+            entry["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
+        self.record[name] = entry
+        logger.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in entry.items()))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak resident set, so each phase has its own
+    except OSError:
+        pass  # elsewhere a phase's peak is the process' peak so far
+
+
+def _peak_host() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write(folder: str, results: dict, zeros: dict) -> None:
+    """Write log.txt, results.json and sparsity.png into `folder`; `zeros` is what `prune.prune` returned."""
+    path = Path(folder)
+    text = f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{results['perplexity']['pruned']:.4f}\n"
+    (path / "log.txt").write_text(text)
+    (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _plot(path / "sparsity.png", zeros)
+
+
+def by_linear(zeros: dict) -> dict[str, dict[str, float]]:
+    """{block: {linear: sparsity}}, for JSON."""
+    return {str(i): {name: zero / total for name, (zero, total) in linears.items()} for i, linears in zeros.items()}
+
+
+def _plot(path: Path, zeros: dict) -> None:
+    from matplotlib.figure import Figure  # not pyplot: it keeps every figure of the process alive
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in next(iter(zeros.values())):
+        axes.plot(
+            list(zeros), [100 * zero / total for zero, total in (linears[name] for linears in zeros.values())], label=name
+        )
+    axes.set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)

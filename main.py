@@ -1,0 +1,175 @@
+"""Prune a causal language model in one shot and measure its perplexity.
+
+    python main.py --model meta-llama/Llama-2-7b-hf --prune_method gblm --sparsity_ratio 0.5 \\
+        --gradient_path gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf --save out/
+
+The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt need none.
+"""
+
+import argparse
+import logging
+import os
+
+from lib import checkpoint, cli, data, model, report
+from lib.eval import perplexity, windows_of
+from lib.gradient_folder import GradientNorms
+from lib.masks import Sparsity
+from lib.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
+
+logger = logging.getLogger("main")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Declare and check the flags; nothing is loaded. `sparsity` joins the result, parsed."""
+    parser = argparse.ArgumentParser(
+        description="Prune a causal language model in one shot; print its perplexity before and after."
+    )
+    cli.add_common_flags(parser)
+    parser.add_argument("--prune_method", required=True, choices=METHODS)
+    parser.add_argument("--sparsity_ratio", type=float, help="share of weights to remove; implied by N:M")
+    parser.add_argument(
+        "--sparsity_type",
+        default="unstructured",
+        help="unstructured, or N:M: N REMOVED of every M inputs, such as 2:4 or 4:8 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gradient_path", help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient"
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=PAPER_ALPHA,
+        help="weight of the gradient term of gblm, as in the paper (default: %(default)s)",
+    )
+    parser.add_argument("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
+    parser.add_argument(
+        "--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total"
+    )
+    parser.add_argument("--layer_no", type=int, default=-1, help="prune this block only (default: all)")
+    parser.add_argument(
+        "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
+    )
+    parser.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
+    parser.add_argument("--save_model", help="folder for the pruned checkpoint")
+    parser.add_argument("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
+    parser.add_argument("--grad_exponent", action="store_true", help="no effect, as in the published code")
+    args = parser.parse_args(argv)
+    cli.check_common_flags(parser, args)
+
+    method = METHODS[args.prune_method]
+    if method.gradients and args.gradient_path is None:
+        parser.error(f"--prune_method {args.prune_method} needs --gradient_path, a folder that gradient_computation.py wrote")
+    if args.gradient_inv and not method.gradients:
+        parser.error(f"--gradient_inv changes the gradient term, which {args.prune_method} does not have: leave it out")
+    if args.use_variant and not method.variant:
+        parser.error(
+            f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
+        )
+    try:
+        args.sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+        data.check_source(args.eval_dataset, args.data_dir, "evaluation")
+        if method.gradients and not os.path.exists(args.gradient_path):
+            raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if args.use_variant and args.sparsity.m:
+        parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
+    if args.layer_no < -1:
+        parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
+    if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
+        parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
+    for flag in ("save", "save_model"):
+        try:
+            report.check_writable(getattr(args, flag))
+        except OSError as error:
+            parser.error(f"--{flag} cannot be written: {error}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Text, model, gradients; dense perplexity; prune; pruned perplexity; results."""
+    method = METHODS[args.prune_method]
+    for flag, ignored in {
+        "--grad_norm": args.grad_norm,
+        "--grad_exponent": args.grad_exponent,
+        "--gradient_path": args.gradient_path and not method.gradients,
+    }.items():
+        if ignored:
+            logger.warning("%s has no effect with %s", flag, args.prune_method)
+    tokenizer = model.load_tokenizer(args.model, args.cache_dir)
+    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
+    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
+    calibration = None
+    if method.statistic:
+        docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
+        calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    decoder = model.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+    logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+
+    phases = report.Phases(decoder.device)
+    gradients = None
+    if method.gradients:
+        with phases("check gradients"):
+            gradients = GradientNorms(args.gradient_path)
+            gradients.check(
+                len(decoder), lambda i: {n: m.weight.shape for n, m in decoder.linears(i).items()}, decoder.fingerprint
+            )
+    store = None
+    if args.save_model:
+        originals = model.original_tensors(args.model, decoder, args.cache_dir)
+        store = checkpoint.Store(args.save_model, originals, len(decoder))
+
+    with phases("dense perplexity"):
+        dense = perplexity(decoder, evaluation, progress="dense perplexity")
+    print(
+        f"dense perplexity {dense:.4f} on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens",
+        flush=True,
+    )
+
+    with phases("prune"):
+        zeros = prune(
+            decoder,
+            calibration,
+            method=args.prune_method,
+            sparsity=args.sparsity,
+            gradients=gradients and gradients.block,
+            alpha=args.alpha / gradients.scale if gradients else 1.0,  # stored norms have their scale baked in
+            use_variant=args.use_variant,
+            gradient_inv=args.gradient_inv,
+            layer=args.layer_no,
+            finished=lambda i, block: store and store.write_block(i, decoder.prefixes[i], block, updated=method.score is None),
+        )
+    sparsity = share_of_zeros(zeros)
+    if store:
+        names = model.saved_names(decoder)
+        store.finish(names, model.saved_config(args.model, originals[names[0]].dtype, args.cache_dir), tokenizer)
+
+    with phases("pruned perplexity"):
+        pruned = perplexity(decoder, evaluation, progress="pruned perplexity")
+    if args.save:
+        results = {
+            "flags": {name: value for name, value in vars(args).items() if name != "sparsity"},
+            "versions": report.versions(),
+            "dtype": str(decoder.model.dtype).removeprefix("torch."),
+            "device": str(decoder.device),
+            "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(evaluation)},
+            "sparsity": sparsity,
+            "sparsity_by_block": report.by_linear(zeros),
+            "phases": phases.record,
+        }
+        report.write(args.save, results, zeros)
+
+    print(f"sparsity {sparsity:.4f}")
+    print(
+        f"pruned perplexity {pruned:.4f} (dense {dense:.4f}) on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens"
+    )
+    if args.save:
+        print(f"log.txt, results.json and sparsity.png saved in {args.save}")
+    if args.save_model:
+        print(f"pruned checkpoint saved in {args.save_model}")
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    cli.set_up_logging()
+    main(arguments)
