@@ -36,6 +36,6 @@ def perplexity(decoder: Decoder, windows: torch.Tensor, group: int = 1, progress
             for i in range(len(decoder)):
                 with decoder.resident(i):
                     decoder.advance(i, states)
-            losses += [decoder.loss(state.hidden, window[None]) for state, window in zip(states, chunk, strict=True)]
+            losses += [decoder.tail(state.hidden, window[None])[0] for state, window in zip(states, chunk, strict=True)]
             bar.update(len(chunk))
     return math.exp(torch.stack(losses).double().mean().item())

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, MutableMapping
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from lib.model import Decoder, State
@@ -29,6 +28,8 @@ BORDER_MAGNITUDE = 16.0  # the largest entry of an upstream gradient after readj
 OVERFLOW_STEP = 2.0**4
 LOSS_SCALE_MIN = 2.0**-24
 
+CACHE_ELEMENTS = 2**17  # on a CPU gradients are widened and added in parts that stay in the cache
+
 
 class BlockSums:
     """Per-sample gradients of one block's linears, summed in fp32: `totals[norm][linear]` is (out, in).
@@ -37,26 +38,36 @@ class BlockSums:
     (arXiv 2311.04902 reports perplexity 119.7 for it against 7.09).
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], norms: tuple[str, ...], scale: float):
+    def __init__(self, norms: tuple[str, ...], scale: float):
         self.scale = scale
-        self.totals = {
-            norm: {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
-            for norm in norms
-        }
+        self.totals: dict[str, dict[str, torch.Tensor]] = {norm: {} for norm in norms}
 
     def add(self, name: str, gradient: torch.Tensor, loss_scale: float = 1.0) -> None:
         """Add one sample's gradient (out, in), of a loss multiplied by `loss_scale`. The gradient's memory is reused."""
         factor = self.scale / loss_scale
-        gradient = gradient.float()
-        if "l2" in self.totals:
-            self.totals["l2"][name].addcmul_(gradient, gradient, value=factor * factor)
-        if "l1" in self.totals:
-            self.totals["l1"][name].add_(gradient.abs_(), alpha=factor)
+        for totals in self.totals.values():
+            if name not in totals:  # laid out as autograd lays gradients out, often transposed: no copy for each sample
+                totals[name] = torch.zeros_like(gradient, dtype=torch.float32)
+        parts = {norm: _parts(totals[name]) for norm, totals in self.totals.items()}
+        for k, part in enumerate(_parts(gradient, totals[name].stride())):
+            part = part.float()
+            if "l2" in parts:
+                parts["l2"][k].addcmul_(part, part, value=factor * factor)
+            if "l1" in parts:
+                parts["l1"][k].add_(part.abs_(), alpha=factor)
 
     def result(self, norm: str) -> dict[str, torch.Tensor]:
         """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples. Consumes the sums."""
         totals = self.totals.pop(norm)
-        return {name: total.sqrt_() for name, total in totals.items()} if norm == "l2" else totals
+        return {name: (total.sqrt_() if norm == "l2" else total).contiguous() for name, total in totals.items()}
+
+
+def _parts(tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> tuple[torch.Tensor, ...]:
+    """Flat views of a matrix in the order of its memory; it is copied first if its layout is not the one with `stride`."""
+    if stride is not None and tensor.stride() != stride:
+        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)
+    return flat.split(CACHE_ELEMENTS if flat.device.type == "cpu" else flat.numel())
 
 
 def gradient_norms(
@@ -125,7 +136,7 @@ class _Walk:
         for i in reversed(range(len(decoder))):
             linears = decoder.linears(i)
             with decoder.resident(i):
-                sums = kept.pop(i) if i in kept else BlockSums(linears, self.norms, self.scale)
+                sums = kept.pop(i) if i in kept else BlockSums(self.norms, self.scale)
                 border, finite = borders.pop(), []
                 for s, state in enumerate(states):
                     inputs, output = border[s]
@@ -158,14 +169,12 @@ class _Walk:
 
     def _tail(self, state: State, tokens: torch.Tensor, sample: int) -> tuple[torch.Tensor, float]:
         """dL/dhidden of the last block's output, multiplied by a loss scale, and that scale."""
-        hidden, state.hidden = state.hidden.requires_grad_(), None
+        hidden, state.hidden = state.hidden, None
         loss_scale = LOSS_SCALE if self.scaled else 1.0
         while True:
-            with torch.enable_grad():
-                loss = self.decoder.loss(hidden, tokens) * loss_scale
+            loss, gradient = self.decoder.tail(hidden, tokens, loss_scale)
             if not math.isfinite(loss.item()):
-                raise ValueError(f"sample {sample} has a loss of {loss.item() / loss_scale}: {_REMEDY}")
-            (gradient,) = torch.autograd.grad(loss, hidden)
+                raise ValueError(f"sample {sample} has a loss of {loss.item()}: {_REMEDY}")
             if not self.scaled or torch.isfinite(gradient).all():
                 return gradient, loss_scale
             loss_scale = self._lower(loss_scale, sample, "the LM head")
@@ -176,7 +185,8 @@ class _Walk:
         wanted = [linear.weight for linear in linears.values()] + ([inputs] if i > 0 else [])
         while True:
             grads = torch.autograd.grad(output, wanted, gradient, allow_unused=True, retain_graph=self.scaled)
-            sound = torch.stack([grad.isfinite().all() for grad in grads if grad is not None]).all()
+            # The sum is finite if and only if every entry is: one pass, where isfinite() takes four.
+            sound = torch.stack([grad.sum(dtype=torch.float32) for grad in grads if grad is not None]).isfinite().all()
             if not self.scaled:
                 finite.append(sound)
                 break

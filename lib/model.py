@@ -23,6 +23,7 @@ from lib import checkpoint
 
 logger = logging.getLogger(__name__)
 
+TAIL_POSITIONS = 256  # logits of a whole window would be the largest tensor of a run
 FINGERPRINT_VALUES = 16  # weights of each linear that identify it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -137,12 +138,32 @@ class Decoder:
         for state in states:
             state.hidden = self.run(i, state.hidden, state.kwargs[i])
 
-    def loss(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The tail: the model's own mean cross-entropy of `tokens` (B, T) given the last block's output (B, T, H)."""
-        output = (hidden,) if self._returns_tuple else hidden
+    def tail(self, hidden: torch.Tensor, tokens: torch.Tensor, loss_scale: float | None = None):
+        """The model's own mean cross-entropy of `tokens` (B, T) given the last block's output `hidden` (B, T, H).
+
+        Returns (loss, None), or with a `loss_scale` (loss, d(loss * loss_scale) / d hidden). The logits of only
+        TAIL_POSITIONS positions exist at a time: norm, head and loss treat every position alone.
+        """
+        targets = tokens.shape[1] - 1
         tokens = tokens.to(self.device)
-        with self._blocks_replaced([lambda *args, **kwargs: output] * len(self.blocks)):
-            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        total = torch.zeros((), device=self.device)
+        gradient = None if loss_scale is None else torch.zeros_like(hidden)
+        for start in range(0, targets, TAIL_POSITIONS):
+            stop = min(start + TAIL_POSITIONS, targets)
+            span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
+            part = hidden[:, span].detach()
+            output = (part,) if self._returns_tuple else part
+            with (
+                torch.set_grad_enabled(gradient is not None),
+                self._blocks_replaced([lambda *args, output=output, **kwargs: output] * len(self.blocks)),
+            ):
+                part.requires_grad_(gradient is not None)
+                loss = self.model(input_ids=tokens[:, span], labels=tokens[:, span], use_cache=False).loss
+                loss = loss * ((stop - start) / targets)
+                if gradient is not None:
+                    gradient[:, span] += torch.autograd.grad(loss * loss_scale, part)[0]
+            total += loss.detach()
+        return total, gradient
 
     @contextmanager
     def _blocks_replaced(self, forwards: list) -> Iterator[None]:

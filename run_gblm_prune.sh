@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Prune a model with GBLM-Pruner, 50 % unstructured unless flags say otherwise. With nothing set: the demo model.
+#   MODEL=meta-llama/Llama-2-7b-hf bash run_gblm_prune.sh --sparsity_type 2:4
+set -euo pipefail
+cd "$(dirname "$0")"
+source scripts/environment.sh
+
+MODEL=${MODEL:-demo/model}
+LLAMA_VERSION=${LLAMA_VERSION:-2}
+name=$(basename "$MODEL")
+gradients=gradients/llama$LLAMA_VERSION/gradients_aggregrate_norm_l2_model_$name
+
+# The flags that gradient_computation.py has to share with main.py, and those that decide whether it runs at all.
+common=()
+needs_gradients=yes
+ratio=(--sparsity_ratio 0.5)
+method=gblm
+arguments=("$@")
+for ((i = 0; i < ${#arguments[@]}; i++)); do
+    flag=${arguments[i]%%=*}
+    value=${arguments[i]#*=}
+    [ "$value" != "${arguments[i]}" ] || value=${arguments[i + 1]:-}
+    case $flag in
+        --nsamples | --seq_length | --seed | --dataset | --data_dir | --cache_dir | --dtype | --device) common+=("$flag" "$value") ;;
+        --pack) common+=(--pack) ;;
+        --prune_method) method=$value ;;
+        --sparsity_type) ratio=() ;;
+        --gradient_path | -h | --help) needs_gradients=no ;;
+    esac
+done
+case $method in magnitude | wanda | sparsegpt) needs_gradients=no ;; esac
+
+size=()
+if [ "$MODEL" = demo/model ]; then
+    python scripts/fetch_demo.py
+    size=(--dataset demo/calibration.jsonl --eval_dataset demo/evaluation.jsonl --nsamples 16 --seq_length 512)
+fi
+using=()
+if [ "$needs_gradients" = yes ]; then
+    if [ ! -f "$gradients/index.json" ]; then
+        MODEL=$MODEL LLAMA_VERSION=$LLAMA_VERSION bash run_grad_compute.sh "${common[@]}"
+    fi
+    using=(--gradient_path "$gradients")
+fi
+python main.py --model "$MODEL" --prune_method gblm "${ratio[@]}" "${using[@]}" "${size[@]}" \
+    --save "out/$name" --save_model "out/$name/model" "$@"

