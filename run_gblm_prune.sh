@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/environment.sh
 
-MODEL=${MODEL:-demo/model}
+MODEL=${MODEL:-demo/SmolLM2-135M-Instruct}
 LLAMA_VERSION=${LLAMA_VERSION:-2}
 name=$(basename "$MODEL")
 gradients=gradients/llama$LLAMA_VERSION/gradients_aggregrate_norm_l2_model_$name
@@ -31,7 +31,7 @@ done
 case $method in magnitude | wanda | sparsegpt) needs_gradients=no ;; esac
 
 size=()
-if [ "$MODEL" = demo/model ]; then
+if [ "$MODEL" = demo/SmolLM2-135M-Instruct ]; then
     python scripts/fetch_demo.py
     size=(--dataset demo/calibration.jsonl --eval_dataset demo/evaluation.jsonl --nsamples 16 --seq_length 512)
 fi

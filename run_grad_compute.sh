@@ -5,10 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/environment.sh
 
-MODEL=${MODEL:-demo/model}
+MODEL=${MODEL:-demo/SmolLM2-135M-Instruct}
 LLAMA_VERSION=${LLAMA_VERSION:-2}
 size=()
-if [ "$MODEL" = demo/model ]; then
+if [ "$MODEL" = demo/SmolLM2-135M-Instruct ]; then
     python scripts/fetch_demo.py
     size=(--dataset demo/calibration.jsonl --nsamples 16 --seq_length 512) # minutes on two cores; the paper uses 128 x 2048 of C4
 fi

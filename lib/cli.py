@@ -3,7 +3,9 @@
 import argparse
 import logging
 import sys
-import warnings
+
+from datasets.utils import disable_progress_bars as disable_data_progress_bars
+from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
 from lib import data, model
 
@@ -61,4 +63,6 @@ def set_up_logging() -> None:
     for name in ("httpx", "httpcore", "datasets", "transformers", "accelerate", "fsspec", "filelock", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
-    warnings.simplefilter("once")
+    if not sys.stderr.isatty():
+        disable_model_progress_bars()
+        disable_data_progress_bars()

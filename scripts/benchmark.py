@@ -1,6 +1,6 @@
 """Time this project's masks and gradient pass against a naive restatement, in the same run, as ratios.
 
-    python scripts/benchmark.py --model demo/model
+    python scripts/benchmark.py --model demo/SmolLM2-135M-Instruct
 
 Naive masks: a Python loop over N:M groups; a full stable sort of every row. Naive gradients: whole-model backward in
 float32, every gradient copied and accumulated in fp32 twice. Each pair runs in turn; the median of the ratios is printed.
@@ -67,7 +67,7 @@ def compare(label: str, naive, ours, runs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/model")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
     parser.add_argument("--nsamples", type=int, default=2)
     parser.add_argument("--seq_length", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)

