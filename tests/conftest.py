@@ -1,0 +1,103 @@
+"""Tiny random models, a tokenizer and documents made on the spot: the fast tier needs no file and no network."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lib.model import Decoder
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+DEMO = ROOT / "demo" / "SmolLM2-135M-Instruct"
+VOCABULARY = 96
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TINY = {
+    "llama": ("LlamaConfig", {}),
+    "llama-gqa-tied": ("LlamaConfig", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}),
+    "gemma3": ("Gemma3TextConfig", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2}),
+    "phi3": ("Phi3Config", {"num_key_value_heads": 2}),
+    "olmo2": ("Olmo2Config", {"num_key_value_heads": 2}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.3},
+    ),
+    "smollm3": ("SmolLM3Config", {"num_key_value_heads": 2, "no_rope_layers": [1, 0, 1]}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+}
+
+
+def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, **changes):
+    """A random model of a family with spread-out weights, the same at every call."""
+    name, own = TINY[family]
+    config = getattr(transformers, name)(**{**SMALL, **own, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def tiny_decoder(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, **changes) -> Decoder:
+    return Decoder(tiny_model(family, dtype, **changes), torch.device("cpu"))
+
+
+def random_windows(count: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a word: w3 ... w95, with an EOS token."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Documents of 5 to 60 words."""
+    rng = random.Random(3)
+    return [" ".join(f"w{rng.randint(3, VOCABULARY - 1)}" for _ in range(rng.randint(5, 60))) for _ in range(40)]
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"no local copy of C4 and WikiText-2 at {SHARED}")
+    return SHARED
