@@ -124,6 +124,9 @@ class GradientNorms:
             shapes: block index -> {linear: (out, in)} of the model.
             fingerprint: block index -> {linear: weights} of the model, `model.Decoder.fingerprint`.
         """
+        held = len(self.files) or len({key.rpartition("_layer_")[2] for key in self.published})
+        if held != nblocks:
+            raise ValueError(f"{self.path} holds {held} blocks, the model has {nblocks}: it belongs to another model")
         for i in range(nblocks):
             keys = {name: key_of(name, i) for name in shapes(i)}
             if self.path.is_dir():
@@ -148,9 +151,6 @@ class GradientNorms:
                             f"{keys[name]} in {self.path} was computed for other weights ({self.index.get('model')}): "
                             f"gradients come from the dense model that is pruned, so {REMEDY}"
                         )
-        held = len(self.files) or 1 + max(int(key.rpartition("_")[2]) for key in self.published)
-        if held != nblocks:
-            raise ValueError(f"{self.path} holds {held} blocks, the model has {nblocks}: it belongs to another model")
 
     def _file(self, i: int) -> str:
         return f"block_{i:03d}.safetensors"
@@ -158,9 +158,7 @@ class GradientNorms:
     def _check_file(self, i: int, keys: dict[str, str]) -> None:
         file = self._file(i)
         tensors = ", ".join(keys.values())
-        if file not in self.files:
-            raise ValueError(f"{self.path} has no {file} ({tensors}): it belongs to a smaller model, or {REMEDY}")
-        if not (self.path / file).is_file():
+        if file not in self.files or not (self.path / file).is_file():
             raise ValueError(f"{self.path / file} ({tensors}) is missing: restore it, or {REMEDY}")
         if _checksum(self.path / file) != self.files[file]["sha256"]:
             raise ValueError(

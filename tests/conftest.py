@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more than they give, on a busy machine very much so
 
 import pytest
 import torch

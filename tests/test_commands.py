@@ -1,0 +1,243 @@
+"""Both commands end to end on a tiny saved model, and what they refuse before anything loads."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gradient_computation
+import main as pruning
+from lib.gradient_folder import GradientNorms
+
+
+def run(*command, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, documents):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(saved_model, text, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return [
+        "--model",
+        saved_model,
+        "--dataset",
+        text,
+        "--nsamples",
+        4,
+        "--seq_length",
+        16,
+        "--cache_dir",
+        cache,
+        "--dtype",
+        "float32",
+    ]
+
+
+@pytest.fixture(scope="module")
+def gradients(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    done = run("gradient_computation.py", *flags, "--llama_version", 1, "--output_dir", folder)
+    path = folder / "llama1" / "gradients_aggregrate_norm_l2_model_tiny-llama"
+    assert str(path) in done.stdout
+    return path
+
+
+def test_gradients_say_what_made_them(gradients, saved_model, text):
+    index = json.loads((gradients / "index.json").read_text())
+    expected = {
+        "norm": "l2",
+        "model": str(saved_model),
+        "nsamples": 4,
+        "seq_length": 16,
+        "scale": 100.0,
+        "seed": 0,
+        "dataset": str(text),
+        "pack": False,
+        "dtype": "float32",
+    }
+    assert expected.items() <= index.items()
+    assert index["versions"]["torch"] and len(index["files"]) == 3
+    l1, l2 = (GradientNorms(str(gradients).replace("_l2_", f"_{norm}_")).block(0)["mlp.up_proj"] for norm in ("l1", "l2"))
+    assert (l1 >= l2 * 0.99).all() and (l1 > l2).any()  # ||.||_1 >= ||.||_2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pruning_end_to_end(flags, gradients, saved_model, text, tmp_path, dtype):
+    save, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint"
+    shutil.copytree(saved_model, checkpoint)  # an older checkpoint in its place is replaced
+    done = run(
+        "main.py", *flags, "--prune_method", "gblm", "--gradient_path", gradients, "--sparsity_type", "2:4",
+        "--eval_dataset", text, "--save", save, "--save_model", checkpoint, "--dtype", dtype,
+    )  # fmt: skip
+    results = json.loads((save / "results.json").read_text())
+    dense, pruned = results["perplexity"]["dense"], results["perplexity"]["pruned"]
+    lines = done.stdout.splitlines()
+    assert (
+        lines[0].startswith(f"dense perplexity {dense:.4f} on ")
+        and f"{results['perplexity']['windows']} windows of 16" in lines[0]
+    )
+    assert f"pruned perplexity {pruned:.4f}" in done.stdout and "sparsity 0.5000" in done.stdout
+    assert (save / "log.txt").read_text() == f"actual_sparsity\tppl\n0.5000\t{pruned:.4f}\n"
+    assert results["flags"]["alpha"] == 100 and results["phases"]["prune"]["seconds"] >= 0
+    assert (save / "sparsity.png").stat().st_size > 1000
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (saved_model, checkpoint))
+    assert json.loads((checkpoint / "config.json").read_text()) == json.loads((saved_model / "config.json").read_text())
+    assert AutoTokenizer.from_pretrained(checkpoint)("w5 w6")["input_ids"] == [5, 6]
+    for name, weight in after.state_dict().items():
+        original = before.state_dict()[name]
+        assert weight.dtype == original.dtype  # whatever dtype the run computed in
+        if "proj" in name:
+            assert ((weight == 0).view(-1, 4).sum(1) == 2).all()
+            assert torch.equal(weight, torch.where(weight == 0, 0, original))
+            _, _, block, path = name.removesuffix(".weight").split(".", 3)  # model.layers.0.mlp.up_proj
+            assert results["sparsity_by_block"][block][path] == (weight == 0).float().mean().item()
+        else:
+            assert torch.equal(weight, original)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_baselines_need_no_gradients_and_no_place_to_save(flags, text, method):
+    done = run("main.py", *flags, "--prune_method", method, "--sparsity_ratio", 0.5, "--eval_dataset", text)
+    sparsity = float(done.stdout.splitlines()[1].removeprefix("sparsity "))
+    assert sparsity == pytest.approx(0.5, abs=0.005)
+
+
+def test_a_sparsegpt_checkpoint_keeps_its_updates(flags, text, tmp_path, saved_model):
+    run(
+        "main.py",
+        *flags,
+        "--prune_method",
+        "sparsegpt",
+        "--sparsity_type",
+        "2:4",
+        "--eval_dataset",
+        text,
+        "--save_model",
+        tmp_path,
+    )
+    weight, dense = (
+        AutoModelForCausalLM.from_pretrained(path).model.layers[2].mlp.down_proj.weight for path in (tmp_path, saved_model)
+    )
+    assert ((weight == 0).view(-1, 4).sum(1) == 2).all()
+    assert not torch.equal(weight, torch.where(weight == 0, 0, dense))
+
+
+def test_the_folders_scale_does_not_change_the_masks(flags, gradients, tmp_path, text):
+    """alpha is the paper's: with norms of scale 50 the stored values enter with factor 100 / 50."""
+    run("gradient_computation.py", *flags, "--scale", 50, "--norms", "l2", "--output_dir", tmp_path)
+    other = tmp_path / "llama2" / gradients.name
+    printed = [
+        run(
+            "main.py",
+            *flags,
+            "--prune_method",
+            "gblm",
+            "--gradient_path",
+            path,
+            "--sparsity_ratio",
+            0.5,
+            "--eval_dataset",
+            text,
+        ).stdout
+        for path in (gradients, other)
+    ]
+    assert printed[0] == printed[1]
+
+
+def test_gradients_of_another_model_stop_the_run(flags, gradients, tmp_path, saved_model, text):
+    model = AutoModelForCausalLM.from_pretrained(saved_model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.neg_()
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(saved_model).save_pretrained(tmp_path / "other")
+    done = run(
+        "main.py", *flags, "--model", tmp_path / "other", "--prune_method", "gradient", "--gradient_path", gradients,
+        "--sparsity_ratio", 0.5, "--eval_dataset", text, expect=1,
+    )  # fmt: skip
+    assert "mlp.up_proj_layer_1" in done.stderr and "other weights" in done.stderr and "dense perplexity" not in done.stdout
+
+
+def test_flags_without_effect_are_accepted_with_a_warning(flags, text):
+    done = run(
+        "main.py",
+        *flags,
+        "--prune_method",
+        "magnitude",
+        "--sparsity_ratio",
+        0.1,
+        "--grad_norm",
+        "none",
+        "--grad_exponent",
+        "--eval_dataset",
+        text,
+    )
+    assert "--grad_norm has no effect" in done.stderr and "--grad_exponent has no effect" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--prune_method wanda", "--sparsity_ratio"),
+        ("--prune_method wanda --sparsity_type 2:4 --sparsity_ratio 0.7", "implies the ratio 0.5"),
+        ("--prune_method gblm --sparsity_ratio 0.5", "needs --gradient_path"),
+        ("--prune_method gblm --sparsity_ratio 0.5 --gradient_path nowhere", "nowhere does not exist"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --gradient_inv", "--gradient_inv"),
+        ("--prune_method magnitude --sparsity_ratio 0.5 --use_variant", "for wanda, gblm, not magnitude"),
+        ("--prune_method wanda --sparsity_type 2:4 --use_variant", "choose one"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --dataset nothing.txt", "nothing.txt does not exist"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --device cuda:77", "--device cpu"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --nsamples 0", "not above 0"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --save /proc/nowhere", "--save cannot be written"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --save_model /proc/nowhere", "--save_model cannot be written"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --save_model m", "dense weights would be lost"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "--layer_no -2"),
+        ("--prune_method best --sparsity_ratio 0.5", "invalid choice"),
+        ("--sparsity_ratio 0.5", "--prune_method"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_parser_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pruning.parse(["--model", "m", *arguments.split()])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [("--scale 0", "above 0"), ("--norms l3", "invalid choice"), ("--output_dir /proc/nowhere", "cannot be written")],
+)
+def test_wrong_gradient_flags_are_parser_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gradient_computation.parse(["--model", "m", *arguments.split()])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_published_flags_and_defaults(tmp_path):
+    args = pruning.parse(
+        f"--model m --gradient_path {tmp_path} --grad_norm l2 --seed 0 --nsamples 128 --seq_length 2048 --sparsity_ratio 0.5 --layer_no -1 "
+        "--sparsity_type unstructured --prune_method gblm --cache_dir c --use_variant --save "
+        f"{tmp_path}/s --save_model {tmp_path}/m --grad_exponent --gradient_inv".split()
+    )
+    assert args.alpha == 100
+    args = gradient_computation.parse(f"--nsamples 128 --model m --llama_version 2 --scale 100 --output_dir {tmp_path}".split())
+    assert (args.nsamples, args.seq_length, args.seed, args.norms, args.scale) == (128, 2048, 0, ["l1", "l2"], 100)
+
+
+def test_importing_is_silent():
+    done = run("-c", "import main, gradient_computation")
+    assert done.stdout == done.stderr == ""

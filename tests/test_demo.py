@@ -1,0 +1,118 @@
+"""The slow tier: a real model, real text (scripts/fetch_demo.py)."""
+
+import os
+
+import pytest
+import torch
+from conftest import DEMO, ROOT
+from test_gradients import autograd_norms, largest_difference, ours
+from torch import nn
+
+from lib import data, model
+from lib.eval import perplexity, windows_of
+from lib.masks import Sparsity
+from lib.prune import METHODS, prune
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: run scripts/fetch_demo.py"),
+]
+N, T = 4, 512
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_processors():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    docs = data.documents(str(ROOT / "demo" / "calibration.jsonl"))
+    return data.calibration_windows(docs, model.load_tokenizer(str(DEMO)), N, T, seed=0)
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    docs = data.documents(str(ROOT / "demo" / "evaluation.jsonl"))
+    return windows_of(data.evaluation_tokens(docs, model.load_tokenizer(str(DEMO))), T)[:12]
+
+
+@pytest.fixture(scope="module")
+def norms(windows):
+    """l1 and l2 norms of the demo model, {full name: (out, in)} each."""
+    return ours(model.load(str(DEMO), dtype="float32", device="cpu"), windows, keep_graph=True)
+
+
+def test_gradients_equal_whole_model_autograd(norms, windows):
+    expected = autograd_norms(model.load(str(DEMO), dtype="float32", device="cpu").model, norms["l2"], windows)
+    assert len(norms["l2"]) == 210
+    assert largest_difference(norms, expected) < 1e-4
+
+
+def test_both_forms_of_the_walk_agree(norms, windows):
+    recomputed = ours(model.load(str(DEMO), dtype="float32", device="cpu"), windows, keep_graph=False)
+    assert largest_difference(recomputed, norms) < 1e-6
+
+
+def test_masks_block_by_block(norms, windows):
+    """In all thirty blocks, from the block's inputs in the real run, the masks are those of a naive restatement."""
+    decoder = model.load(str(DEMO), dtype="float32", device="cpu")
+    dense = {name: weight.clone() for name, weight in decoder.model.state_dict().items()}
+    entering: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(decoder))}
+    observing = [
+        block.register_forward_pre_hook(lambda module, args, i=i: entering[i].append(args[0].clone()))
+        for i, block in enumerate(decoder.blocks)
+    ]
+
+    def stored(i):
+        prefix = decoder.prefixes[i]
+        return {name.removeprefix(prefix): norm.half() for name, norm in norms["l2"].items() if name.startswith(prefix)}
+
+    prune(decoder, windows, method="gblm", sparsity=Sparsity.parse("2:4"), gradients=stored, alpha=1.0)
+    for handle in observing:
+        handle.remove()
+    masks = {name: decoder.model.state_dict()[f"{name}.weight"] == 0 for name in norms["l2"]}
+    decoder.model.load_state_dict(dense)
+    kwargs = decoder.enter(windows[:1]).kwargs
+    for i, block in enumerate(decoder.blocks):
+        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        squares = dict.fromkeys(linears, 0)
+        handles = [
+            linear.register_forward_pre_hook(
+                lambda module, args, n=name, s=squares: s.update({n: s[n] + args[0][0].square().sum(0)})
+            )
+            for name, linear in linears.items()
+        ]
+        with torch.no_grad():
+            for hidden in entering[i][:N]:  # the first pass, before the block was pruned
+                block(hidden, **kwargs[i])
+        for handle in handles:
+            handle.remove()
+        for name, linear in linears.items():
+            w, g = linear.weight.abs(), stored(i)[name].float()
+            groups = (w * (squares[name] / N).sqrt() + w * g).detach().reshape(-1, 4)
+            expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(
+                1, groups.sort(dim=1, stable=True).indices[:, :2], True
+            )
+            assert torch.equal(masks[decoder.prefixes[i] + name], expected.view(w.shape)), f"block {i} {name}"
+
+
+def test_perplexity_orders_as_in_the_paper(norms, windows, evaluation):
+    found = {}
+    for method in METHODS:
+        decoder = model.load(str(DEMO), dtype="float32", device="cpu")
+        if not found:
+            found["dense"] = perplexity(decoder, evaluation)
+
+        def stored(i, prefixes=decoder.prefixes):
+            return {name.removeprefix(prefixes[i]): norm for name, norm in norms["l2"].items() if name.startswith(prefixes[i])}
+
+        prune(decoder, windows, method=method, sparsity=Sparsity.parse("unstructured", 0.5), gradients=stored, alpha=1.0)
+        found[method] = perplexity(decoder, evaluation)
+    print(found)
+    assert found["dense"] < min(found[method] for method in METHODS)
+    assert found["magnitude"] > 3 * max(found[method] for method in METHODS if method != "magnitude")
+    assert found["gblm"] < 1.02 * found["wanda"]

@@ -1,0 +1,23 @@
+"""Perplexity against its definition."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_windows, tiny_decoder, tiny_model
+
+from lib.eval import perplexity, windows_of
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_windows():
+    windows = random_windows(5, 12)
+    logits = tiny_model()(windows).logits.log_softmax(-1)
+    losses = [-logits[k, range(11), windows[k, 1:]].mean().item() for k in range(5)]  # T - 1 targets
+    for group in (1, 2, 5):
+        assert perplexity(tiny_decoder(), windows, group) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+
+
+def test_full_windows_only():
+    assert windows_of(torch.arange(23), 5).tolist() == torch.arange(20).view(4, 5).tolist()
+    with pytest.raises(ValueError, match="has 4 tokens, fewer than one window of 5"):
+        windows_of(torch.arange(4), 5)
