@@ -8,7 +8,7 @@ writes gradients/llama2/gradients_aggregrate_norm_{l1,l2}_model_Llama-2-7b-hf/ f
 import argparse
 import logging
 
-from lib import cli, data, model, report
+from lib import cli, data, loading, report
 from lib.gradient_folder import GradientWriter, folder_of
 from lib.gradients import NORMS, SCALE, gradient_norms
 
@@ -46,11 +46,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Windows, model, gradients, folders."""
-    tokenizer = model.load_tokenizer(args.model, args.cache_dir)
+    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
-    decoder = model.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+    decoder = loading.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
 
     norms = tuple(sorted(set(args.norms)))

@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 
-from lib import checkpoint, cli, data, model, report
+from lib import checkpoint, cli, data, loading, report
 from lib.eval import perplexity, windows_of
 from lib.gradient_folder import GradientNorms
 from lib.masks import Sparsity
@@ -96,14 +96,14 @@ def main(args: argparse.Namespace) -> None:
     }.items():
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
-    tokenizer = model.load_tokenizer(args.model, args.cache_dir)
+    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
     calibration = None
     if method.statistic:
         docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
         calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    decoder = model.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+    decoder = loading.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
 
     phases = report.Phases(decoder.device)
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
             )
     store = None
     if args.save_model:
-        originals = model.original_tensors(args.model, decoder, args.cache_dir)
+        originals = loading.original_tensors(args.model, decoder, args.cache_dir)
         store = checkpoint.Store(args.save_model, originals, len(decoder))
 
     with phases("dense perplexity"):
@@ -141,8 +141,8 @@ def main(args: argparse.Namespace) -> None:
         )
     sparsity = share_of_zeros(zeros)
     if store:
-        names = model.saved_names(decoder)
-        store.finish(names, model.saved_config(args.model, originals[names[0]].dtype, args.cache_dir), tokenizer)
+        names = loading.saved_names(decoder)
+        store.finish(names, loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir), tokenizer)
 
     with phases("pruned perplexity"):
         pruned = perplexity(decoder, evaluation, progress="pruned perplexity")

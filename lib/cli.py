@@ -7,7 +7,7 @@ import sys
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import data, model
+from lib import data, loading
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
     parser.add_argument(
         "--dtype",
-        choices=["auto", *model.DTYPES],
+        choices=["auto", *loading.DTYPES],
         default="auto",
         help="to compute in; auto: the checkpoint's on a GPU, bfloat16 on a CPU with instructions for it, else float32",
     )
@@ -43,7 +43,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if a shared flag cannot work."""
     try:
-        model.resolve_device(args.device)
+        loading.resolve_device(args.device)
         data.check_source(args.dataset, args.data_dir)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         parser.error(str(error))

@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face as head - blocks - tail; the only module that knows `transformers`' models.
+"""A causal language model of Hugging Face as head - blocks - tail; the only module that knows how `transformers`' models run.
 
     head: token embeddings, attention masks, rotary tables     blocks: the decoder layers     tail: final norm, LM head, loss
 
@@ -6,26 +6,18 @@ Head and tail are the model's own forward with the blocks' forward replaced, so 
 soft-capping and tied heads are the model's own and no family is a special case.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
-
-from lib import checkpoint
-
-logger = logging.getLogger(__name__)
 
 TAIL_POSITIONS = 256  # logits of a whole window would be the largest tensor of a run
 FINGERPRINT_VALUES = 16  # weights of each linear that identify it
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -56,7 +48,7 @@ class Decoder:
         self.model = model.eval().requires_grad_(False)
         self.device = device
         self.source = source
-        path, self.blocks = _find_blocks(model)
+        path, self.blocks = find_blocks(model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
         self._returns_tuple = False  # of a block; learnt when one runs
@@ -177,95 +169,7 @@ class Decoder:
                 del block.forward
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "auto", streamed: bool = False, cache_dir=None) -> Decoder:
-    """Load a local or hub model for inference and pruning.
-
-    `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
-    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's safetensors.
-
-    Raises:
-        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without matching safetensors.
-    """
-    device = resolve_device(device)
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    run_dtype = resolve_dtype(dtype, config, device)
-    if not streamed:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=run_dtype, cache_dir=cache_dir, device_map={"": device} if device.type != "cpu" else None
-        )
-        return Decoder(model, device)
-
-    source = checkpoint.open_checkpoint(name, cache_dir)
-    remedy = "save it once with transformers (model.save_pretrained) or use --memory resident"
-    if source is None:
-        raise ValueError(f"{name} has no safetensors files, which streaming reads blocks from: {remedy}")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=run_dtype)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    names = [key for key in model.state_dict() if key not in tied or key in source]
-    if missing := [key for key in names if key not in source]:
-        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
-    path, _ = _find_blocks(model)
-    for key in names:
-        if not key.startswith(path + "."):
-            set_module_tensor_to_device(model, key, device, value=source[key].to(device, run_dtype, copy=True))
-    model.tie_weights()
-    for key, buffer in model.named_buffers():
-        if buffer.device.type != "meta":
-            set_module_tensor_to_device(model, key, device, value=buffer)
-    return Decoder(model, device, source)
-
-
-def load_tokenizer(name: str, cache_dir: str | None = None):
-    """The model's own tokenizer."""
-    return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-
-
-def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
-    """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
-    own = checkpoint.open_checkpoint(name, cache_dir)
-    state = decoder.model.state_dict()
-    if own is not None and all(key in own for key in saved_names(decoder)):
-        return own
-    logger.warning("%s has no safetensors under the model's names: it is saved in %s", name, decoder.model.dtype)
-    return state
-
-
-def saved_config(name: str, dtype: torch.dtype, cache_dir: str | None = None):
-    """The checkpoint's own config, for weights saved in `dtype`."""
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    config.dtype = dtype
-    return config
-
-
-def saved_names(decoder: Decoder) -> list[str]:
-    """The tensors a checkpoint must hold: all of the state but those that are tied to another."""
-    tied = set(getattr(decoder.model, "all_tied_weights_keys", {}))
-    return [key for key in decoder.model.state_dict() if key not in tied]
-
-
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU. Raises ValueError for a GPU that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
-    return resolved
-
-
-def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
-    """The torch dtype for a --dtype value; see `load`."""
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if device.type != "cpu":
-        return getattr(config, "dtype", None) or torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import masks, model
+from lib import loading, masks
 from lib.gradients import SCALE, gradient_norms
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
 
-    decoder = model.load(args.model, dtype="float32", device="cpu")
+    decoder = loading.load(args.model, dtype="float32", device="cpu")
     linears = {f"{i}.{name}": linear for i in range(len(decoder)) for name, linear in decoder.linears(i).items()}
     generator = torch.Generator().manual_seed(0)
     scores = [linear.weight.abs() * torch.rand(linear.in_features, generator=generator) for linear in linears.values()]
@@ -98,7 +98,7 @@ def main() -> None:
         for _, sums in gradient_norms(own, windows):
             sums.result("l1"), sums.result("l2")
 
-    default = model.load(args.model, device="cpu")
+    default = loading.load(args.model, device="cpu")
     for label, own in (("float32", decoder), (f"default, {default.model.dtype}".replace("torch.", ""), default)):
         compare(
             f"gradients ({label})",

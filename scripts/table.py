@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, data, model, report
+from lib import cli, data, loading, report
 from lib.eval import perplexity, windows_of
 from lib.gradient_folder import GradientNorms
 from lib.masks import Sparsity
@@ -35,7 +35,7 @@ def main() -> None:
     cli.set_up_logging()
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = model.load_tokenizer(args.model, args.cache_dir)
+    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
@@ -51,7 +51,7 @@ def main() -> None:
         row = {"method": method, "pattern": pattern, "alpha": alpha, "seed": args.seed}
         if any(row.items() <= earlier.items() for earlier in done):
             continue
-        decoder = model.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+        decoder = loading.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
         phases = report.Phases(decoder.device)
         if method != "dense":
             sparsity = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None)

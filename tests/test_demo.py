@@ -8,7 +8,7 @@ from conftest import DEMO, ROOT
 from test_gradients import autograd_norms, largest_difference, ours
 from torch import nn
 
-from lib import data, model
+from lib import data, loading
 from lib.eval import perplexity, windows_of
 from lib.masks import Sparsity
 from lib.prune import METHODS, prune
@@ -31,35 +31,35 @@ def all_processors():
 @pytest.fixture(scope="module")
 def windows():
     docs = data.documents(str(ROOT / "demo" / "calibration.jsonl"))
-    return data.calibration_windows(docs, model.load_tokenizer(str(DEMO)), N, T, seed=0)
+    return data.calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
 
 
 @pytest.fixture(scope="module")
 def evaluation():
     docs = data.documents(str(ROOT / "demo" / "evaluation.jsonl"))
-    return windows_of(data.evaluation_tokens(docs, model.load_tokenizer(str(DEMO))), T)[:12]
+    return windows_of(data.evaluation_tokens(docs, loading.load_tokenizer(str(DEMO))), T)[:12]
 
 
 @pytest.fixture(scope="module")
 def norms(windows):
     """l1 and l2 norms of the demo model, {full name: (out, in)} each."""
-    return ours(model.load(str(DEMO), dtype="float32", device="cpu"), windows, keep_graph=True)
+    return ours(loading.load(str(DEMO), dtype="float32", device="cpu"), windows, keep_graph=True)
 
 
 def test_gradients_equal_whole_model_autograd(norms, windows):
-    expected = autograd_norms(model.load(str(DEMO), dtype="float32", device="cpu").model, norms["l2"], windows)
+    expected = autograd_norms(loading.load(str(DEMO), dtype="float32", device="cpu").model, norms["l2"], windows)
     assert len(norms["l2"]) == 210
     assert largest_difference(norms, expected) < 1e-4
 
 
 def test_both_forms_of_the_walk_agree(norms, windows):
-    recomputed = ours(model.load(str(DEMO), dtype="float32", device="cpu"), windows, keep_graph=False)
+    recomputed = ours(loading.load(str(DEMO), dtype="float32", device="cpu"), windows, keep_graph=False)
     assert largest_difference(recomputed, norms) < 1e-6
 
 
 def test_masks_block_by_block(norms, windows):
     """In all thirty blocks, from the block's inputs in the real run, the masks are those of a naive restatement."""
-    decoder = model.load(str(DEMO), dtype="float32", device="cpu")
+    decoder = loading.load(str(DEMO), dtype="float32", device="cpu")
     dense = {name: weight.clone() for name, weight in decoder.model.state_dict().items()}
     entering: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(decoder))}
     observing = [
@@ -103,7 +103,7 @@ def test_masks_block_by_block(norms, windows):
 def test_perplexity_orders_as_in_the_paper(norms, windows, evaluation):
     found = {}
     for method in METHODS:
-        decoder = model.load(str(DEMO), dtype="float32", device="cpu")
+        decoder = loading.load(str(DEMO), dtype="float32", device="cpu")
         if not found:
             found["dense"] = perplexity(decoder, evaluation)
 

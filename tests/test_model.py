@@ -5,7 +5,7 @@ import torch
 import transformers
 from conftest import SMALL, TINY, random_windows, tiny_decoder, tiny_model
 
-from lib import model
+from lib import loading, model
 from lib.model import Decoder
 
 
@@ -75,13 +75,13 @@ def test_dtype_auto(monkeypatch):
     config = transformers.LlamaConfig(dtype="float16")
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert model.resolve_dtype("auto", config, cpu) == torch.bfloat16
+    assert loading.resolve_dtype("auto", config, cpu) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert model.resolve_dtype("auto", config, cpu) == torch.float32
-    assert model.resolve_dtype("auto", config, torch.device("cuda")) == torch.float16
-    assert model.resolve_dtype("bfloat16", config, cpu) == torch.bfloat16
+    assert loading.resolve_dtype("auto", config, cpu) == torch.float32
+    assert loading.resolve_dtype("auto", config, torch.device("cuda")) == torch.float16
+    assert loading.resolve_dtype("bfloat16", config, cpu) == torch.bfloat16
 
 
 def test_a_gpu_that_is_not_there():
     with pytest.raises(ValueError, match="--device cpu"):
-        model.resolve_device("cuda:99")
+        loading.resolve_device("cuda:99")

@@ -1,0 +1,104 @@
+"""A model's name to a `Decoder`: in memory, or its blocks left in the checkpoint; on which device and in which dtype."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lib import checkpoint
+from lib.model import Decoder, find_blocks
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "auto", streamed: bool = False, cache_dir=None) -> Decoder:
+    """Load a local or hub model for inference and pruning.
+
+    `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
+    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's safetensors.
+
+    Raises:
+        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without matching safetensors.
+    """
+    device = resolve_device(device)
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    run_dtype = resolve_dtype(dtype, config, device)
+    if not streamed:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=run_dtype, cache_dir=cache_dir, device_map={"": device} if device.type != "cpu" else None
+        )
+        return Decoder(model, device)
+
+    source = checkpoint.open_checkpoint(name, cache_dir)
+    remedy = "save it once with transformers (model.save_pretrained) or use --memory resident"
+    if source is None:
+        raise ValueError(f"{name} has no safetensors files, which streaming reads blocks from: {remedy}")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=run_dtype)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    names = [key for key in model.state_dict() if key not in tied or key in source]
+    if missing := [key for key in names if key not in source]:
+        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
+    path, _ = find_blocks(model)
+    for key in names:
+        if not key.startswith(path + "."):
+            set_module_tensor_to_device(model, key, device, value=source[key].to(device, run_dtype, copy=True))
+    model.tie_weights()
+    for key, buffer in model.named_buffers():
+        if buffer.device.type != "meta":
+            set_module_tensor_to_device(model, key, device, value=buffer)
+    return Decoder(model, device, source)
+
+
+def load_tokenizer(name: str, cache_dir: str | None = None):
+    """The model's own tokenizer."""
+    return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+
+
+def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
+    """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
+    own = checkpoint.open_checkpoint(name, cache_dir)
+    state = decoder.model.state_dict()
+    if own is not None and all(key in own for key in saved_names(decoder)):
+        return own
+    logger.warning("%s has no safetensors under the model's names: it is saved in %s", name, decoder.model.dtype)
+    return state
+
+
+def saved_config(name: str, dtype: torch.dtype, cache_dir: str | None = None):
+    """The checkpoint's own config, for weights saved in `dtype`."""
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    config.dtype = dtype
+    return config
+
+
+def saved_names(decoder: Decoder) -> list[str]:
+    """The tensors a checkpoint must hold: all of the state but those that are tied to another."""
+    tied = set(getattr(decoder.model, "all_tied_weights_keys", {}))
+    return [key for key in decoder.model.state_dict() if key not in tied]
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first GPU where there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
+    """The torch dtype for a --dtype value; see `load`."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return getattr(config, "dtype", None) or torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
