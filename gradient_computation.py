@@ -6,13 +6,19 @@ writes gradients/llama2/gradients_aggregrate_norm_{l1,l2}_model_Llama-2-7b-hf/ f
 """
 
 import argparse
+import hashlib
 import logging
 
-from lib import cli, data, loading, report
+import torch
+
+from lib import cli, data, loading, memory, model, parallel, report
 from lib.gradient_folder import GradientWriter, folder_of
+from lib.gradient_work import GradientWork
 from lib.gradients import NORMS, SCALE, gradient_norms
 
 logger = logging.getLogger("gradient_computation")
+
+SAVED_EVERY = 16  # samples of a resident run between two savings of its sums: a few seconds of writing in minutes of work
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--norms", nargs="+", choices=NORMS, default=list(NORMS), help="l1 is sum |G|, l2 is sqrt(sum G^2) (default: both)"
     )
     parser.add_argument("--output_dir", default="gradients", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
     if not args.scale > 0:
@@ -46,21 +53,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Windows, model, gradients, folders."""
+    device = cli.start(args)
+    norms = tuple(sorted(set(args.norms)))
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
-    decoder = loading.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+    own = parallel.share(windows)
+    chosen = memory.plan(
+        args.model,
+        memory=args.memory,
+        dtype=args.dtype,
+        device=device,
+        seq_length=args.seq_length,
+        sums_per_weight=4 * len(norms),
+        graph=True,
+        activation_memory=args.activation_memory,
+        cache_dir=args.cache_dir,
+    )
+    decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+    group = chosen.group(len(own), len(decoder) + 2) if chosen.streamed else SAVED_EVERY
 
-    norms = tuple(sorted(set(args.norms)))
-    writers = {norm: GradientWriter(folder_of(args.output_dir, args.llama_version, norm, args.model)) for norm in norms}
-    phases = report.Phases(decoder.device)
-    with phases("gradients"):
-        for i, sums in gradient_norms(decoder, windows, norms=norms, scale=args.scale):
-            fingerprint = decoder.fingerprint(i)
-            for norm, writer in writers.items():
-                writer.write_block(i, sums.result(norm), fingerprint)
     provenance = {
         "model": args.model,
         "nsamples": args.nsamples,
@@ -70,15 +84,49 @@ def main(args: argparse.Namespace) -> None:
         "dataset": args.dataset,
         "pack": args.pack,
         "dtype": str(decoder.model.dtype).removeprefix("torch."),
+        "processes": parallel.world(),
         "versions": report.versions(),
-        **phases.record["gradients"],
     }
+    folders = {norm: folder_of(args.output_dir, args.llama_version, norm, args.model) for norm in norms}
+    settings = {
+        **provenance,
+        "norms": list(norms),
+        "streamed": chosen.streamed,
+        "windows": checksum(own),
+        "weights": checksum(decoder),
+    }
+    name = folder_of(args.output_dir, args.llama_version, "work", args.model).name
+    work = GradientWork(next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}"), settings, device, args.resume)
+    if work.done:
+        logger.info("going on after %d of %d samples", work.done, len(own))
+    writers = {norm: GradientWriter(folder) for norm, folder in folders.items()} if parallel.rank() == 0 else {}
+    phases = report.Phases(device)
+    with phases("gradients"):
+        walk = gradient_norms(
+            decoder, own, norms=norms, scale=args.scale, keep_graph=not chosen.streamed, group=group, work=work
+        )
+        for i, sums in walk:
+            fingerprint = decoder.fingerprint(i)
+            for norm, writer in writers.items():
+                writer.write_block(i, sums.result(norm), fingerprint)
     for norm, writer in writers.items():
         writer.finish({"norm": norm, **provenance})
         print(f"{norm} gradient norms saved in {writer.folder}")
+    parallel.stop()
+    work.remove()
+
+
+def checksum(content: torch.Tensor | model.Decoder) -> str:
+    """Of windows, or of a model's fingerprint: tells a resumed run that they are the same."""
+    if isinstance(content, torch.Tensor):
+        parts = [content]
+    else:
+        parts = [values for i in range(len(content)) for values in content.fingerprint(i).values()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    cli.set_up_logging()
-    main(arguments)
+    main(parse())

@@ -7,10 +7,12 @@ The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt 
 """
 
 import argparse
+import contextlib
 import logging
 import os
+import tempfile
 
-from lib import checkpoint, cli, data, loading, report
+from lib import checkpoint, cli, data, loading, memory, parallel, report
 from lib.eval import perplexity, windows_of
 from lib.gradient_folder import GradientNorms
 from lib.masks import Sparsity
@@ -88,6 +90,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Text, model, gradients; dense perplexity; prune; pruned perplexity; results."""
+    with contextlib.ExitStack() as temporary:
+        run(args, temporary)
+
+
+def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
+    """The work of `main`; temporary folders go to `temporary`."""
+    device = cli.start(args)
     method = METHODS[args.prune_method]
     for flag, ignored in {
         "--grad_norm": args.grad_norm,
@@ -103,7 +112,17 @@ def main(args: argparse.Namespace) -> None:
     if method.statistic:
         docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
         calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    decoder = loading.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+    chosen = memory.plan(
+        args.model,
+        memory=args.memory,
+        dtype=args.dtype,
+        device=device,
+        seq_length=args.seq_length,
+        hidden_states=args.nsamples if method.statistic else 0,
+        activation_memory=args.activation_memory,
+        cache_dir=args.cache_dir,
+    )
+    decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
 
     phases = report.Phases(decoder.device)
@@ -114,17 +133,20 @@ def main(args: argparse.Namespace) -> None:
             gradients.check(
                 len(decoder), lambda i: {n: m.weight.shape for n, m in decoder.linears(i).items()}, decoder.fingerprint
             )
+    first = parallel.rank() == 0
     store = None
-    if args.save_model:
+    if chosen.streamed or (args.save_model and first):
+        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if one is asked for.
+        folder = args.save_model if args.save_model and first else temporary.enter_context(tempfile.TemporaryDirectory())
         originals = loading.original_tensors(args.model, decoder, args.cache_dir)
-        store = checkpoint.Store(args.save_model, originals, len(decoder))
+        store = checkpoint.Store(folder, originals, len(decoder))
+    group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
 
     with phases("dense perplexity"):
-        dense = perplexity(decoder, evaluation, progress="dense perplexity")
-    print(
-        f"dense perplexity {dense:.4f} on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens",
-        flush=True,
-    )
+        dense = perplexity(decoder, evaluation, group, "dense perplexity")
+    measured = f"on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens"
+    if first:
+        print(f"dense perplexity {dense:.4f} {measured}", flush=True)
 
     with phases("prune"):
         zeros = prune(
@@ -137,21 +159,29 @@ def main(args: argparse.Namespace) -> None:
             use_variant=args.use_variant,
             gradient_inv=args.gradient_inv,
             layer=args.layer_no,
+            hidden_states=chosen.hidden_states if device.type == "cpu" or chosen.streamed else None,
             finished=lambda i, block: store and store.write_block(i, decoder.prefixes[i], block, updated=method.score is None),
         )
     sparsity = share_of_zeros(zeros)
     if store:
         names = loading.saved_names(decoder)
         store.finish(names, loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir), tokenizer)
+    if chosen.streamed:
+        decoder.source = store.tensors()
 
     with phases("pruned perplexity"):
-        pruned = perplexity(decoder, evaluation, progress="pruned perplexity")
+        pruned = perplexity(decoder, evaluation, group, "pruned perplexity")
+    parallel.stop()
+    if not first:
+        return
     if args.save:
         results = {
             "flags": {name: value for name, value in vars(args).items() if name != "sparsity"},
             "versions": report.versions(),
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
+            "streamed": chosen.streamed,
+            "processes": parallel.world(),
             "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(evaluation)},
             "sparsity": sparsity,
             "sparsity_by_block": report.by_linear(zeros),
@@ -160,9 +190,7 @@ def main(args: argparse.Namespace) -> None:
         report.write(args.save, results, zeros)
 
     print(f"sparsity {sparsity:.4f}")
-    print(
-        f"pruned perplexity {pruned:.4f} (dense {dense:.4f}) on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens"
-    )
+    print(f"pruned perplexity {pruned:.4f} (dense {dense:.4f}) {measured}")
     if args.save:
         print(f"log.txt, results.json and sparsity.png saved in {args.save}")
     if args.save_model:
@@ -170,6 +198,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    cli.set_up_logging()
-    main(arguments)
+    main(parse())

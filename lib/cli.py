@@ -4,10 +4,11 @@ import argparse
 import logging
 import sys
 
+import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import data, loading
+from lib import data, loading, parallel
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,16 +38,40 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="to compute in; auto: the checkpoint's on a GPU, bfloat16 on a CPU with instructions for it, else float32",
     )
+    parser.add_argument(
+        "--memory",
+        choices=["auto", "resident", "streamed"],
+        default="auto",
+        help="streamed: one block at a time in memory, the others on disk; auto: resident if the model and its working set fit",
+    )
+    parser.add_argument(
+        "--activation_memory", type=float, metavar="GB", help="for kept hidden states (default: a quarter of the free memory)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
 def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if a shared flag cannot work."""
+    if args.activation_memory is not None and not args.activation_memory > 0:
+        parser.error(f"--activation_memory {args.activation_memory} must be above 0")
     try:
         loading.resolve_device(args.device)
         data.check_source(args.dataset, args.data_dir)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         parser.error(str(error))
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Join the other processes, if any, and set up the log; returns this process' device.
+
+    Raises:
+        ValueError: fewer samples than processes.
+    """
+    device = parallel.start(loading.resolve_device(args.device))
+    set_up_logging()
+    if args.nsamples < parallel.world():
+        raise ValueError(f"--nsamples {args.nsamples} for {parallel.world()} processes: give each at least one")
+    return device
 
 
 def positive(text: str) -> int:
@@ -58,8 +83,13 @@ def positive(text: str) -> int:
 
 
 def set_up_logging() -> None:
-    """Log lines to standard error, so that standard output is the result."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    """Log lines to standard error, so that standard output is the result; of several processes only the first one's."""
+    logging.basicConfig(
+        level=logging.INFO if parallel.rank() == 0 else logging.ERROR,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
     for name in ("httpx", "httpcore", "datasets", "transformers", "accelerate", "fsspec", "filelock", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)

@@ -5,6 +5,7 @@ import math
 import torch
 from tqdm import tqdm
 
+from lib import parallel
 from lib.model import Decoder
 
 
@@ -27,15 +28,17 @@ def perplexity(decoder: Decoder, windows: torch.Tensor, group: int = 1, progress
     """`exp` of the mean over windows (n, T) of each window's mean cross-entropy over its T - 1 targets.
 
     `group` windows go through the blocks together, so a streamed block is read once for all of them; each window is still
-    a batch of its own, and the result does not depend on the group.
+    a batch of its own, and the result does not depend on the group. Several processes share the windows.
     """
-    losses = []
-    with tqdm(total=len(windows), desc=progress, unit="window", disable=None) as bar:
-        for chunk in windows.split(group):
+    total = torch.zeros((), dtype=torch.float64, device=decoder.device)
+    own = parallel.share(windows)
+    with tqdm(total=len(own), desc=progress, unit="window", disable=None) as bar:
+        for chunk in own.split(group):
             states = [decoder.enter(window[None]) for window in chunk]
             for i in range(len(decoder)):
                 with decoder.resident(i):
                     decoder.advance(i, states)
-            losses += [decoder.tail(state.hidden, window[None])[0] for state, window in zip(states, chunk, strict=True)]
+            for state, window in zip(states, chunk, strict=True):
+                total += decoder.tail(state.hidden, window[None])[0]
             bar.update(len(chunk))
-    return math.exp(torch.stack(losses).double().mean().item())
+    return math.exp(parallel.add_up(total).item() / len(windows))

@@ -8,11 +8,13 @@ gradients, sums and (recomputing) graph and weights exist for one block at a tim
 
 import logging
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from lib import parallel
 from lib.model import Decoder, State
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,15 @@ class BlockSums:
             if "l1" in parts:
                 parts["l1"][k].add_(part.abs_(), alpha=factor)
 
+    def of_all_ranks(self, linears: dict[str, nn.Linear]) -> "BlockSums":
+        """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros."""
+        for totals in self.totals.values():
+            for name, linear in linears.items():
+                if name not in totals:
+                    totals[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
+                totals[name] = parallel.add_up(totals[name].contiguous())
+        return self
+
     def result(self, norm: str) -> dict[str, torch.Tensor]:
         """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples. Consumes the sums."""
         totals = self.totals.pop(norm)
@@ -70,6 +81,19 @@ def _parts(tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> tuple
     return flat.split(CACHE_ELEMENTS if flat.device.type == "cpu" else flat.numel())
 
 
+class InMemory(dict):
+    """{block index: BlockSums} between groups of samples, for a run that need not survive its process."""
+
+    done = 0
+
+    def __init__(self):
+        super().__init__()
+        self.missing: dict[str, int] = {}
+
+    def commit(self, done: int, missing: dict[str, int]) -> None:
+        """Nothing to make durable; `gradient_work.GradientWork` does."""
+
+
 def gradient_norms(
     decoder: Decoder,
     windows: torch.Tensor,
@@ -78,19 +102,22 @@ def gradient_norms(
     scale: float = SCALE,
     keep_graph: bool = True,
     group: int | None = None,
-    kept: MutableMapping[int, BlockSums] | None = None,
+    work=None,
 ) -> Iterator[tuple[int, BlockSums]]:
     """Sum the gradients of every linear in every block over windows (n, T), one sample at a time.
 
-    Labels are the input ids, the loss is the model's own mean cross-entropy (arXiv 2311.04902, section 3).
+    Labels are the input ids, the loss is the model's own mean cross-entropy (arXiv 2311.04902, section 3). Samples come in
+    groups of `group` (default: one group); the result does not depend on it.
 
     Args:
-        keep_graph: keep each block's graph from the forward (a sample at a time; sums of all blocks persist). Otherwise
-            blocks are run again for their backward, and `group` samples (default: all) share a walk over the blocks.
-        kept: where sums wait between groups of samples; a dict unless given.
+        keep_graph: keep each block's graph from the forward; a group goes through the model sample by sample, and the sums
+            of all blocks stay in memory. Otherwise blocks are run again for their backward, a group walks over the blocks
+            together, and the sums of one block are in memory at a time.
+        work: keeps the sums between groups, and says how many samples they cover already: `InMemory` (default) or
+            `gradient_work.GradientWork`.
 
     Yields:
-        (block index, its sums), last block first, each as soon as it is final.
+        (block index, its sums), last block first, each as soon as it is final; summed over all processes.
 
     Raises:
         ValueError: a non-finite loss or gradient (names the sample), or a linear that no sample gave a gradient.
@@ -98,34 +125,45 @@ def gradient_norms(
     for i in range(len(decoder)):
         for linear in decoder.linears(i).values():
             linear.weight.requires_grad_(True)  # nothing but the blocks' linears ever gets a gradient
-    kept = {} if kept is None else kept
-    walk = _Walk(decoder, norms, scale, keep_graph)
-    groups = windows.split(1 if keep_graph else group or len(windows))
-    steps = len(windows) * len(decoder)
-    with tqdm(total=steps, desc="gradients", unit="block", disable=None) as bar:
-        for number, chunk in enumerate(groups):
-            final = number == len(groups) - 1
-            for i, sums in walk.group(chunk, kept, number * len(groups[0])):
-                bar.update(len(chunk))
-                if final:
-                    yield i, sums
-                else:
-                    kept[i] = sums
+    work = InMemory() if work is None else work
+    walk = _Walk(decoder, norms, scale, keep_graph, work.missing)
+    sums = dict(work) if keep_graph else work
+    done = work.done
+    with tqdm(
+        total=len(windows) * len(decoder), initial=done * len(decoder), desc="gradients", unit="block", disable=None
+    ) as bar:
+        for chunk in windows[done:].split(group or len(windows)):
+            last = done + len(chunk) == len(windows)
+            for part in chunk.split(1 if keep_graph else len(chunk)):
+                for i, block_sums in walk.group(part, sums, done):
+                    bar.update(len(part))
+                    if last and not keep_graph:
+                        yield i, block_sums.of_all_ranks(decoder.linears(i))
+                    else:
+                        sums[i] = block_sums
+                done += len(part)
+            if not last:
+                if keep_graph:
+                    work.update(sums)
+                work.commit(done, walk.missing)
+    if keep_graph:
+        for i in reversed(range(len(decoder))):
+            yield i, sums.pop(i).of_all_ranks(decoder.linears(i))
     walk.report_missing(len(windows))
 
 
 class _Walk:
     """Groups of samples through the blocks and back."""
 
-    def __init__(self, decoder: Decoder, norms: tuple[str, ...], scale: float, keep_graph: bool):
+    def __init__(self, decoder: Decoder, norms: tuple[str, ...], scale: float, keep_graph: bool, missing: dict[str, int]):
         self.decoder = decoder
         self.norms = norms
         self.scale = scale
         self.keep_graph = keep_graph
         self.scaled = decoder.model.dtype == torch.float16
-        self.missing: dict[str, int] = {}  # linear -> samples that gave it no gradient
+        self.missing = dict(missing)  # linear -> samples that gave it no gradient
 
-    def group(self, chunk: torch.Tensor, kept: MutableMapping[int, BlockSums], first: int):
+    def group(self, chunk: torch.Tensor, kept: Mapping[int, BlockSums], first: int) -> Iterator[tuple[int, BlockSums]]:
         """One group of samples, (g, T), the first of which is sample `first` of the run; yields (block, sums)."""
         decoder = self.decoder
         states = [decoder.enter(window[None]) for window in chunk]
@@ -136,7 +174,7 @@ class _Walk:
         for i in reversed(range(len(decoder))):
             linears = decoder.linears(i)
             with decoder.resident(i):
-                sums = kept.pop(i) if i in kept else BlockSums(self.norms, self.scale)
+                sums = kept.get(i) or BlockSums(self.norms, self.scale)
                 border, finite = borders.pop(), []
                 for s, state in enumerate(states):
                     inputs, output = border[s]

@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "auto", streamed: bool = False, cache_dir=None) -> Decoder:
+def load(
+    name: str, *, dtype: str = "auto", device: str | torch.device = "auto", streamed: bool = False, cache_dir: str | None = None
+) -> Decoder:
     """Load a local or hub model for inference and pruning.
 
     `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
@@ -41,7 +43,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto", streamed: bool
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=run_dtype)
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    names = [key for key in model.state_dict() if key not in tied or key in source]
+    names = [key for key in model.state_dict() if key not in tied]
     if missing := [key for key in names if key not in source]:
         raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
     path, _ = find_blocks(model)
@@ -62,6 +64,8 @@ def load_tokenizer(name: str, cache_dir: str | None = None):
 
 def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
     """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
+    if decoder.source is not None:
+        return decoder.source
     own = checkpoint.open_checkpoint(name, cache_dir)
     state = decoder.model.state_dict()
     if own is not None and all(key in own for key in saved_names(decoder)):
@@ -83,7 +87,7 @@ def saved_names(decoder: Decoder) -> list[str]:
     return [key for key in decoder.model.state_dict() if key not in tied]
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """ "auto" is the first GPU where there is one, else the CPU. Raises ValueError for a GPU that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,6 +6,8 @@ Head and tail are the model's own forward with the blocks' forward replaced, so 
 soft-capping and tied heads are the model's own and no family is a special case.
 """
 
+import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ class State:
 
     hidden: torch.Tensor
     kwargs: list[dict]
+    mapped: bool = False  # `hidden` is a slot of a file, to be written in place
 
 
 class _Recorded(Exception):
@@ -118,6 +121,19 @@ class Decoder:
             self._kwargs = kwargs
         return State(calls[0][0], self._kwargs)
 
+    def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
+        """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
+        states: list[State] = []
+        slots = None
+        for k, window in enumerate(windows):
+            state = self.enter(window[None])
+            if in_memory is not None and len(windows) > in_memory:
+                if slots is None:
+                    slots = _mapped((len(windows), *state.hidden.shape), state.hidden.dtype)
+                state.hidden, state.mapped = slots[k].copy_(state.hidden), True
+            states.append(state)
+        return states
+
     def run(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Block `i`, which must be resident: (B, T, H) to (B, T, H)."""
         output = self.blocks[i](hidden, **kwargs)
@@ -128,7 +144,8 @@ class Decoder:
     def advance(self, i: int, states: list[State]) -> None:
         """Send every state through block `i`, which must be resident, in place."""
         for state in states:
-            state.hidden = self.run(i, state.hidden, state.kwargs[i])
+            output = self.run(i, state.hidden.to(self.device), state.kwargs[i])
+            state.hidden = state.hidden.copy_(output) if state.mapped else output
 
     def tail(self, hidden: torch.Tensor, tokens: torch.Tensor, loss_scale: float | None = None):
         """The model's own mean cross-entropy of `tokens` (B, T) given the last block's output `hidden` (B, T, H).
@@ -186,6 +203,12 @@ def _require_linears(path: str, block: nn.Module) -> None:
                 f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
                 "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
             )
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in a temporary file that is gone when the tensor is."""
+    with tempfile.NamedTemporaryFile() as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def _equal(a, b) -> bool:

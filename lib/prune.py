@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lib import metrics, sparsegpt
+from lib import metrics, parallel, sparsegpt
 from lib.activations import ActivationNorm, observe
 from lib.masks import Sparsity, n_of_m, per_row, variant, whole_matrix
 from lib.model import Decoder, State
@@ -53,6 +53,7 @@ def prune(
     use_variant: bool = False,
     gradient_inv: bool = False,
     layer: int = -1,
+    hidden_states: int | None = None,
     finished: Callable[[int, nn.Module], None] = lambda i, block: None,
 ) -> Zeros:
     """Prune a model block by block, first to last.
@@ -61,10 +62,11 @@ def prune(
     unpruned block's activations, pruned together, and the block is run again to feed the next.
 
     Args:
-        windows: (n, T) token ids; None for a method that does not look at activations.
+        windows: (n, T) token ids, of which several processes take a share each; None for a method that does not look at activations.
         gradients: block index -> {linear: gradient norm (out, in)} of the dense model, for a method that uses them.
         alpha: weight of the gradient term of "gblm", applied to the norms as `gradients` returns them.
         layer: prune this block only; -1 prunes all.
+        hidden_states: keep more than so many samples' hidden states in a file, not in memory.
         finished: called with every block, while it is resident, when its weights are final.
 
     Raises:
@@ -77,13 +79,13 @@ def prune(
             sparsity.check_width(decoder.prefixes[i] + name, linear.in_features)
 
     rule = METHODS[method]
-    states = [decoder.enter(window[None]) for window in windows] if rule.statistic else []
+    states = decoder.enter_all(parallel.share(windows), hidden_states) if rule.statistic else []
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
             linears = decoder.linears(i)
             if layer in (-1, i):
-                statistics = _observe(decoder, i, linears, states, rule.statistic) if rule.statistic else {}
+                statistics = _observe(decoder, i, linears, states, rule.statistic, len(windows)) if rule.statistic else {}
                 norms = gradients(i) if rule.gradients else {}
                 for name, linear in linears.items():
                     try:
@@ -126,15 +128,19 @@ def share_of_zeros(zeros: Zeros) -> float:
     return sum(zero for zero, _ in counts) / sum(total for _, total in counts)
 
 
-def _observe(decoder: Decoder, i: int, linears: dict, states: list[State], statistic: type) -> dict[str, torch.Tensor]:
-    """Run the samples through block `i` and return {linear: statistic of its inputs}."""
+def _observe(
+    decoder: Decoder, i: int, linears: dict, states: list[State], statistic: type, nsamples: int
+) -> dict[str, torch.Tensor]:
+    """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}."""
     with observe(linears, statistic) as observed:
         for state in states:
-            decoder.run(i, state.hidden, state.kwargs[i])
+            decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
     never = linears.keys() - observed.keys()
     if never:
         raise ValueError(f"{decoder.prefixes[i]}{min(never)} was never run: it does not take part in the block's forward")
-    return {name: seen.result(len(states)) for name, seen in observed.items()}
+    for shared in {id(seen): seen for seen in observed.values()}.values():
+        parallel.add_up(shared.total)
+    return {name: seen.result(nsamples) for name, seen in observed.items()}
 
 
 def _count_zeros(weight: torch.Tensor) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def check_writable(folder: str | None) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several processes may look at the same time
 
 
 class Phases:
