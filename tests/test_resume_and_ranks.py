@@ -1,0 +1,155 @@
+"""Runs that are killed and go on, and runs of several processes."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, random_windows, tiny_decoder
+from test_commands import run
+from test_gradients import SCALE, largest_difference, ours
+
+from lib import parallel
+from lib.gradient_work import GradientWork
+from lib.gradients import gradient_norms
+from lib.masks import Sparsity
+from lib.prune import prune
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph):
+    windows, options = random_windows(7), {"scale": SCALE, "keep_graph": keep_graph, "group": 2}
+    expected = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, **options)}
+    settings = {"scale": SCALE, "seed": 0}
+    work = GradientWork(tmp_path / "work", settings, CPU)
+    commit, commits = work.commit, []
+
+    def die_at_the_third(done, missing):
+        commits.append(done)
+        if len(commits) == 3:
+            raise KeyboardInterrupt
+        commit(done, missing)
+
+    work.commit = die_at_the_third
+    with pytest.raises(KeyboardInterrupt):
+        list(gradient_norms(tiny_decoder(), windows, work=work, **options))
+    assert commits == [2, 4, 6]
+    again = GradientWork(tmp_path / "work", settings, CPU, resume=True)
+    assert again.done == 4 and sorted(again) == [0, 1, 2]
+    resumed = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, work=again, **options)}
+    assert all(torch.equal(expected[i][name], resumed[i][name]) for i in expected for name in expected[i])
+    with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*without --resume"):
+        GradientWork(tmp_path / "work", {**settings, "seed": 1}, CPU, resume=True)
+    assert GradientWork(tmp_path / "work", settings, CPU).done == 0  # without resume: from the start
+
+
+@pytest.fixture
+def command(saved_model, documents, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    return [
+        "gradient_computation.py", "--model", saved_model, "--dataset", text, "--nsamples", 24, "--seq_length", 16, "--cache_dir", tmp_path,
+        "--dtype", "float32", "--memory", "streamed", "--activation_memory", 1e-6, "--norms", "l2", "--output_dir",
+    ]  # fmt: skip
+
+
+def wait_for(condition, process, seconds: float = 60):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def samples_done(output: Path) -> int:
+    state = output / "llama2" / "gradients_aggregrate_norm_work_model_tiny-llama.rank0" / "state.json"
+    return json.loads(state.read_text())["done"] if state.exists() else 0
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(command, tmp_path, caplog):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*command, whole)
+    process = start(*command, killed)
+    wait_for(lambda: samples_done(killed) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(killed.rglob("index.json"))
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+        run(*command, killed, "--resume", "--seed", 1)
+    caplog.set_level(logging.INFO)
+    run(*command, killed, "--resume")
+    assert "going on after" in caplog.text
+    assert contents(killed) == contents(whole)
+
+
+def of_one_rank(rank, world, port, folder):
+    """What each of `world` processes does: gradients, then wanda, on its share of five windows."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    parallel.start(CPU)
+    windows = random_windows(5)
+    norms = ours(tiny_decoder(), parallel.share(windows))
+    pruned = {}
+    for method in ("wanda", "sparsegpt"):
+        decoder = tiny_decoder()
+        prune(decoder, windows, method=method, sparsity=Sparsity.parse("2:4"))
+        pruned[method] = decoder.model.state_dict()
+    torch.save((norms, pruned), f"{folder}/rank{rank}.pt")
+    parallel.stop()
+
+
+def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
+    torch.multiprocessing.spawn(of_one_rank, (2, 29511, str(tmp_path)), nprocs=2)
+    norms = ours(tiny_decoder(), random_windows(5))
+    (one, pruned), (two, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert largest_difference(one, norms) < 1e-6 and largest_difference(two, norms) < 1e-6
+    for method, weights in pruned.items():
+        assert all(torch.equal(weights[name], others[method][name]) for name in weights)  # all ranks end alike
+        alone = tiny_decoder()
+        prune(alone, random_windows(5), method=method, sparsity=Sparsity.parse("2:4"))
+        expected = alone.model.state_dict()
+        differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in weights)
+        assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3
+
+
+def test_a_rank_that_dies_ends_the_run(command, tmp_path):
+    folder = tmp_path / "gradients"
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, folder)
+    wait_for(lambda: samples_done(folder), process)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "gradient_computation.py" in " ".join(child.cmdline())
+    ]
+    ranks[-1].kill()
+    assert process.wait(timeout=60) != 0
+    assert not list(folder.rglob("index.json"))
+
+
+def test_more_processes_than_samples(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 25)
+    with pytest.raises(ValueError, match="--nsamples 24 for 25 processes"):
+        run(*command, tmp_path / "gradients")

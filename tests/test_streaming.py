@@ -1,0 +1,125 @@
+"""A model whose blocks stay on disk gives the same bits as one in memory."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import random_windows, tiny_model
+from transformers import AutoModelForCausalLM
+
+from lib import checkpoint, loading, memory
+from lib.eval import perplexity
+from lib.gradients import gradient_norms
+from lib.masks import Sparsity
+from lib.prune import METHODS, prune
+
+FAMILIES = ["llama", "llama-gqa-tied", "qwen2", "gemma2", "phi3", "opt"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        tiny_model(family).save_pretrained(folder / family, max_shard_size="20KB")
+    return folder
+
+
+def both(saved, family, dtype="float32"):
+    return (loading.load(str(saved / family), dtype=dtype, device="cpu", streamed=streamed) for streamed in (False, True))
+
+
+def on_disk(block) -> bool:
+    return all(parameter.device.type == "meta" for parameter in block.parameters())
+
+
+def test_one_block_is_in_memory_at_a_time(saved):
+    _, streamed = both(saved, "llama")
+    assert all(map(on_disk, streamed.blocks))
+    with streamed.resident(1) as block:
+        assert [on_disk(other) for other in streamed.blocks] == [True, False, True]
+        assert block.mlp.up_proj.weight.any()
+    assert all(map(on_disk, streamed.blocks))
+    assert streamed.model.lm_head.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_bitwise_equal(saved, family):
+    resident, streamed = both(saved, family)
+    windows = random_windows()
+    kept = {i: sums.result("l2") for i, sums in gradient_norms(resident, windows, keep_graph=True)}
+    read = {i: sums.result("l2") for i, sums in gradient_norms(streamed, windows, keep_graph=False, group=3)}
+    assert all(torch.equal(kept[i][name], read[i][name]) for i in kept for name in kept[i])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_pruned_checkpoints_are_bitwise_equal(saved, family, method, tmp_path):
+    def gradients(i):
+        return {
+            name: torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(i))
+            for name, linear in resident.linears(i).items()
+        }
+
+    windows, found = random_windows(6), []
+    resident, streamed = both(saved, family)
+    for name, decoder in (("resident", resident), ("streamed", streamed)):
+        store = checkpoint.Store(tmp_path / name, loading.original_tensors(str(saved / family), decoder), len(decoder))
+        dense = perplexity(decoder, windows, group=1 if name == "resident" else 4)
+        prune(
+            decoder, windows, method=method, sparsity=Sparsity.parse("2:4"), gradients=gradients,
+            hidden_states=None if name == "resident" else 2,
+            finished=lambda i, block, s=store, d=decoder: s.write_block(i, d.prefixes[i], block, updated=method == "sparsegpt"),
+        )  # fmt: skip
+        store.finish(loading.saved_names(decoder), loading.saved_config(str(saved / family), torch.float32))
+        if name == "streamed":
+            decoder.source = store.tensors()
+        found.append((dense, perplexity(decoder, windows)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("resident", "streamed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any("proj" in name or "fc" in name for name in weights[0] if (weights[0][name] == 0).float().mean() == 0.5)
+
+
+def test_many_hidden_states_go_to_a_file(saved):
+    resident, _ = both(saved, "llama")
+    windows = random_windows(5)
+    files, plain = resident.enter_all(windows, in_memory=4), resident.enter_all(windows, in_memory=5)
+    assert all(state.mapped for state in files) and not any(state.mapped for state in plain)
+    for i in range(3):
+        resident.advance(i, files)
+        resident.advance(i, plain)
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(files, plain, strict=True))
+    assert files[0].hidden.data_ptr() + files[0].hidden.nbytes == files[1].hidden.data_ptr()
+
+
+def test_what_cannot_be_streamed_says_why(saved, tmp_path):
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((saved / "llama" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"no safetensors files.*save_pretrained.*--memory resident"):
+        loading.load(str(tmp_path), device="cpu", streamed=True)
+    index = json.loads((saved / "llama" / "model.safetensors.index.json").read_text())
+    for file in set(index["weight_map"].values()):
+        (tmp_path / file).symlink_to(saved / "llama" / file)
+    config = json.loads((saved / "llama" / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"layers\.3\..* is missing"):
+        loading.load(str(tmp_path), device="cpu", streamed=True)
+
+
+@pytest.mark.parametrize("free, expected", [(10**9, False), (10**5, True)])
+def test_auto_streams_what_does_not_fit_and_says_so(saved, monkeypatch, caplog, free, expected):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    caplog.set_level(logging.INFO)
+    options = {"dtype": "float32", "device": torch.device("cpu"), "seq_length": 16, "sums_per_weight": 8}
+    assert memory.plan(str(saved / "llama"), memory="auto", **options).streamed is expected
+    assert ("streamed" if expected else "resident") in caplog.text and "GB are free" in caplog.text
+    assert memory.plan(str(saved / "llama"), memory="resident", **options).streamed is False
+    assert memory.plan(str(saved / "llama"), memory="streamed", **options).streamed is True
+
+
+def test_groups_are_few_and_equal():
+    assert memory.Plan(True, 100).group(nsamples=10, states_per_sample=5) == 10
+    assert memory.Plan(True, 40).group(nsamples=10, states_per_sample=5) == 5  # 8 fit: two groups, of 5 and 5
+    assert memory.Plan(True, 1).group(nsamples=10, states_per_sample=5) == 1
