@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from lib import cli, data, loading, memory, model, parallel, report
+from lib import cli, data, loading, model, parallel, report
 from lib.gradient_folder import GradientWriter, folder_of
 from lib.gradient_work import GradientWork
 from lib.gradients import NORMS, SCALE, gradient_norms
@@ -60,19 +60,7 @@ def main(args: argparse.Namespace) -> None:
     windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own = parallel.share(windows)
-    chosen = memory.plan(
-        args.model,
-        memory=args.memory,
-        dtype=args.dtype,
-        device=device,
-        seq_length=args.seq_length,
-        sums_per_weight=4 * len(norms),
-        graph=True,
-        activation_memory=args.activation_memory,
-        cache_dir=args.cache_dir,
-    )
-    decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
-    logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+    decoder, chosen = cli.load(args, device, sums_per_weight=4 * len(norms), graph=True)
     group = chosen.group(len(own), len(decoder) + 2) if chosen.streamed else SAVED_EVERY
 
     provenance = {

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 
-from lib import checkpoint, cli, data, loading, memory, parallel, report
+from lib import checkpoint, cli, data, loading, parallel, report
 from lib.eval import perplexity, windows_of
 from lib.gradient_folder import GradientNorms
 from lib.masks import Sparsity
@@ -112,18 +112,7 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     if method.statistic:
         docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
         calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    chosen = memory.plan(
-        args.model,
-        memory=args.memory,
-        dtype=args.dtype,
-        device=device,
-        seq_length=args.seq_length,
-        hidden_states=args.nsamples if method.statistic else 0,
-        activation_memory=args.activation_memory,
-        cache_dir=args.cache_dir,
-    )
-    decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
-    logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+    decoder, chosen = cli.load(args, device, hidden_states=args.nsamples if method.statistic else 0)
 
     phases = report.Phases(decoder.device)
     gradients = None

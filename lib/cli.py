@@ -8,7 +8,10 @@ import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import data, loading, parallel
+from lib import data, loading, memory, parallel
+from lib.model import Decoder
+
+logger = logging.getLogger(__name__)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +75,23 @@ def start(args: argparse.Namespace) -> torch.device:
     if args.nsamples < parallel.world():
         raise ValueError(f"--nsamples {args.nsamples} for {parallel.world()} processes: give each at least one")
     return device
+
+
+def load(args: argparse.Namespace, device: torch.device, **needs) -> tuple[Decoder, memory.Plan]:
+    """Load the model, in memory or streamed as `memory.plan` decides; `needs` is what that has to know of the command."""
+    chosen = memory.plan(
+        args.model,
+        memory=args.memory,
+        dtype=args.dtype,
+        device=device,
+        seq_length=args.seq_length,
+        activation_memory=args.activation_memory,
+        cache_dir=args.cache_dir,
+        **needs,
+    )
+    decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
+    logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+    return decoder, chosen
 
 
 def positive(text: str) -> int:
