@@ -7,9 +7,8 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 for script in *.sh scripts/*.sh .ci/run; do bash -n "$script"; done
-if [ "${1:-}" = --fast ]; then
-    python -m pytest -m "not slow"
-else
+python -m pytest -m "not slow" -n 2
+if [ "${1:-}" != --fast ]; then
     python scripts/fetch_demo.py
-    python -m pytest
+    python -m pytest -m slow
 fi
