@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT
 from test_gradients import autograd_norms, largest_difference, ours
+from test_prune import gradient_of, naive_prune
 from torch import nn
 
 from lib import data, loading
@@ -98,6 +99,20 @@ def test_masks_block_by_block(norms, windows):
                 1, groups.sort(dim=1, stable=True).indices[:, :2], True
             )
             assert torch.equal(masks[decoder.prefixes[i] + name], expected.view(w.shape)), f"block {i} {name}"
+
+
+@pytest.mark.parametrize("method, pattern", [("gblm", "unstructured"), ("wanda", "2:4")])
+def test_first_four_blocks_end_to_end(windows, method, pattern):
+    """Whole-model forwards with hooks and full sorts, block after block: the same weights, bit for bit."""
+    decoder, naive = (loading.load(str(DEMO), dtype="float32", device="cpu") for _ in range(2))
+    ratio = 0.5 if pattern == "unstructured" else None
+    with torch.no_grad():
+        naive_prune(naive.model, "model.layers", windows, method, pattern, ratio, count=4)
+    sparsity = Sparsity.parse(pattern, ratio)
+    prune(decoder, windows, method=method, sparsity=sparsity, gradients=lambda i: gradient_of(decoder, i), alpha=1.0)
+    for i in range(4):
+        for name, linear in decoder.linears(i).items():
+            assert torch.equal(linear.weight, naive.linears(i)[name].weight), f"block {i} {name}"
 
 
 def test_perplexity_orders_as_in_the_paper(norms, windows, evaluation):

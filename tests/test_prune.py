@@ -17,10 +17,10 @@ def gradient_of(decoder, i):
     return {name: torch.rand(linear.weight.shape, generator=generator).half() for name, linear in decoder.linears(i).items()}
 
 
-def naive_prune(model, path, windows, method, pattern, ratio, alpha=1.0, inverse=False):
+def naive_prune(model, path, windows, method, pattern, ratio, alpha=1.0, inverse=False, count=None):
     """Wanda, gradient, gblm and magnitude restated: forward hooks on the whole model, full sorts, one block at a time."""
     blocks = model.get_submodule(path)
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(blocks[:count]):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         squares = {name: torch.zeros(linear.in_features) for name, linear in linears.items()}
 
