@@ -6,7 +6,9 @@ Head and tail are the model's own forward with the blocks' forward replaced, so 
 soft-capping and tied heads are the model's own and no family is a special case.
 """
 
+import ctypes
 import math
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +92,7 @@ class Decoder:
         finally:
             for name in names:
                 set_module_tensor_to_device(block, name, "meta")
+            _trim_heap()
 
     @torch.no_grad()
     def enter(self, tokens: torch.Tensor) -> State:
@@ -203,6 +206,12 @@ def _require_linears(path: str, block: nn.Module) -> None:
                 f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
                 "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
             )
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps what is below its (growing) threshold, block after block."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -88,7 +88,7 @@ def test_masks_block_by_block(norms, windows):
             for name, linear in linears.items()
         ]
         with torch.no_grad():
-            for hidden in entering[i][:N]:  # the first pass, before the block was pruned
+            for hidden in entering[i][N : 2 * N]:  # after the head has recorded N, and before the block was pruned
                 block(hidden, **kwargs[i])
         for handle in handles:
             handle.remove()
