@@ -30,7 +30,7 @@ BORDER_MAGNITUDE = 16.0  # the largest entry of an upstream gradient after readj
 OVERFLOW_STEP = 2.0**4
 LOSS_SCALE_MIN = 2.0**-24
 
-CACHE_ELEMENTS = 2**17  # on a CPU gradients are widened and added in parts that stay in the cache
+CACHE_ELEMENTS = 2**20  # on a CPU a gradient is widened and added in parts: what they take stays in the cache
 
 
 class BlockSums:
