@@ -23,8 +23,8 @@ from lib.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cli.add_common_flags(parser)
-    parser.add_argument("--gradient_path", required=True)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--gradient_path", help="for gradient and gblm")
+    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "4:8", "2:4"], help="unstructured is 50 %%")
     parser.add_argument("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], help="of gblm")
     parser.add_argument("--eval_dataset", default="wikitext2")
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/table.jsonl"))
     args = parser.parse_args()
     cli.check_common_flags(parser, args)
+    if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
+        parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     cli.set_up_logging()
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -40,11 +42,12 @@ def main() -> None:
     calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
-    gradients = GradientNorms(args.gradient_path)
-    rows = [("dense", "", None)]
+    gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
+    rows = [("dense", "", None)] if "dense" in args.methods else []
     for pattern in args.patterns:
         for method in args.methods:
-            rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
+            if method != "dense":
+                rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
 
     for method, pattern, alpha in rows:
@@ -61,8 +64,8 @@ def main() -> None:
                     calibration,
                     method=method,
                     sparsity=sparsity,
-                    gradients=gradients.block,
-                    alpha=(alpha or 0) / gradients.scale,
+                    gradients=gradients and gradients.block,
+                    alpha=alpha / gradients.scale if alpha is not None else 1.0,
                 )
             row["sparsity"] = round(share_of_zeros(zeros), 4)
         with phases("perplexity"):
