@@ -54,7 +54,7 @@ class GradientWriter:
         """Write the norms {linear: (out, in)} of block `i` and remember the fingerprint of its weights."""
         tensors = {}
         for name, norm in norms.items():
-            stored = norm.to(torch.float16)
+            stored = norm.to(torch.float16).contiguous()
             self.underflow += ((stored == 0) & (norm > 0)).sum().item()
             if overflow := stored.isinf().sum().item():
                 self.overflow += overflow

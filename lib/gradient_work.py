@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.checkpoint import replace_file
-from lib.gradients import BlockSums
+from lib.gradient_sums import BlockSums
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,10 @@ class GradientWork(MutableMapping):
         file = self._sums(self.done) / f"block_{i:03d}.safetensors"
         if not self.done:
             raise KeyError(i)
-        sums = BlockSums((), self.settings["scale"])
+        sums = BlockSums(self.settings["norms"], self.settings["scale"])
         for key, total in load_file(file, device=str(self.device)).items():
             norm, layout, name = key.split("/")
-            sums.totals.setdefault(norm, {})[name] = total.T if layout == "transposed" else total
+            sums.totals[norm][name] = total.T if layout == "transposed" else total
         return sums
 
     def __setitem__(self, i: int, sums: BlockSums) -> None:

@@ -11,10 +11,9 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from lib import parallel
+from lib.gradient_sums import BlockSums
 from lib.model import Decoder, State
 
 logger = logging.getLogger(__name__)
@@ -29,56 +28,6 @@ LOSS_SCALE = 2.0**16
 BORDER_MAGNITUDE = 16.0  # the largest entry of an upstream gradient after readjusting: far from overflow and underflow
 OVERFLOW_STEP = 2.0**4
 LOSS_SCALE_MIN = 2.0**-24
-
-CACHE_ELEMENTS = 2**20  # on a CPU a gradient is widened and added in parts: what they take stays in the cache
-
-
-class BlockSums:
-    """Per-sample gradients of one block's linears, summed in fp32: `totals[norm][linear]` is (out, in).
-
-    Absolute values and squares are taken per sample; summing signed gradients first is a different, far worse score
-    (arXiv 2311.04902 reports perplexity 119.7 for it against 7.09).
-    """
-
-    def __init__(self, norms: tuple[str, ...], scale: float):
-        self.scale = scale
-        self.totals: dict[str, dict[str, torch.Tensor]] = {norm: {} for norm in norms}
-
-    def add(self, name: str, gradient: torch.Tensor, loss_scale: float = 1.0) -> None:
-        """Add one sample's gradient (out, in), of a loss multiplied by `loss_scale`. The gradient's memory is reused."""
-        factor = self.scale / loss_scale
-        for totals in self.totals.values():
-            if name not in totals:  # laid out as autograd lays gradients out, often transposed: no copy for each sample
-                totals[name] = torch.zeros_like(gradient, dtype=torch.float32)
-        parts = {norm: _parts(totals[name]) for norm, totals in self.totals.items()}
-        for k, part in enumerate(_parts(gradient, totals[name].stride())):
-            part = part.float()
-            if "l2" in parts:
-                parts["l2"][k].addcmul_(part, part, value=factor * factor)
-            if "l1" in parts:
-                parts["l1"][k].add_(part.abs_(), alpha=factor)
-
-    def of_all_ranks(self, linears: dict[str, nn.Linear]) -> "BlockSums":
-        """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros."""
-        for totals in self.totals.values():
-            for name, linear in linears.items():
-                if name not in totals:
-                    totals[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
-                totals[name] = parallel.add_up(totals[name].contiguous())
-        return self
-
-    def result(self, norm: str) -> dict[str, torch.Tensor]:
-        """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples. Consumes the sums."""
-        totals = self.totals.pop(norm)
-        return {name: (total.sqrt_() if norm == "l2" else total).contiguous() for name, total in totals.items()}
-
-
-def _parts(tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> tuple[torch.Tensor, ...]:
-    """Flat views of a matrix in the order of its memory; it is copied first if its layout is not the one with `stride`."""
-    if stride is not None and tensor.stride() != stride:
-        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)
-    return flat.split(CACHE_ELEMENTS if flat.device.type == "cpu" else flat.numel())
 
 
 class InMemory(dict):

@@ -20,7 +20,9 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers.cache_utils import Cache
 
-TAIL_POSITIONS = 256  # logits of a whole window would be the largest tensor of a run
+# Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
+# for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
+TAIL_POSITIONS = {"cpu": 64, "cuda": 256}
 FINGERPRINT_VALUES = 16  # weights of each linear that identify it
 
 
@@ -160,8 +162,9 @@ class Decoder:
         tokens = tokens.to(self.device)
         total = torch.zeros((), device=self.device)
         gradient = None if loss_scale is None else torch.zeros_like(hidden)
-        for start in range(0, targets, TAIL_POSITIONS):
-            stop = min(start + TAIL_POSITIONS, targets)
+        positions = TAIL_POSITIONS[self.device.type]
+        for start in range(0, targets, positions):
+            stop = min(start + positions, targets)
             span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
             part = hidden[:, span].detach()
             output = (part,) if self._returns_tuple else part

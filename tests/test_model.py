@@ -20,7 +20,7 @@ def walk(decoder, tokens):
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_walk_is_the_models_forward(family, batch, monkeypatch):
-    monkeypatch.setattr(model, "TAIL_POSITIONS", 5)  # 12 tokens: spans of 5, 5 and 1 targets
+    monkeypatch.setitem(model.TAIL_POSITIONS, "cpu", 5)  # 12 tokens: spans of 5, 5 and 1 targets
     decoder, tokens = tiny_decoder(family), random_windows(batch)
     decoder.enter(random_windows(2, 7, seed=5))  # arguments of another shape must not be reused
     loss, _ = decoder.tail(walk(decoder, tokens), tokens)

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph):
     windows, options = random_windows(7), {"scale": SCALE, "keep_graph": keep_graph, "group": 2}
     expected = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, **options)}
-    settings = {"scale": SCALE, "seed": 0}
+    settings = {"norms": ["l1", "l2"], "scale": SCALE, "seed": 0}
     work = GradientWork(tmp_path / "work", settings, CPU)
     commit, commits = work.commit, []
 

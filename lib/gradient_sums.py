@@ -1,0 +1,66 @@
+"""The sums of per-sample gradients: what one block's linears have collected so far, and their l1 and l2 norms."""
+
+import torch
+from torch import nn
+
+from lib import parallel
+
+CACHE_ELEMENTS = 2**17  # on a CPU a gradient is widened and added in parts: what they take stays in the cache
+
+
+class BlockSums:
+    """Per-sample gradients of one block's linears, summed in fp32: `totals[norm][linear]` is (out, in).
+
+    Absolute values and squares are taken per sample; summing signed gradients first is a different, far worse score
+    (arXiv 2311.04902 reports perplexity 119.7 for it against 7.09).
+    """
+
+    def __init__(self, norms: tuple[str, ...], scale: float):
+        self.scale = scale
+        self.totals: dict[str, dict[str, torch.Tensor]] = {norm: {} for norm in norms}
+
+    def add(self, name: str, gradient: torch.Tensor, loss_scale: float = 1.0) -> None:
+        """Add one sample's gradient (out, in), of a loss multiplied by `loss_scale`. The gradient's memory is reused."""
+        factor = self.scale / loss_scale
+        first = not all(name in totals for totals in self.totals.values())
+        for totals in self.totals.values() if first else ():
+            # Laid out as autograd lays gradients out, often transposed: no copy for each sample.
+            totals[name] = torch.empty_like(gradient, dtype=torch.float32)
+        parts = {norm: _parts(totals[name]) for norm, totals in self.totals.items()}
+        stride = next(iter(self.totals.values()))[name].stride()
+        for k, part in enumerate(_parts(gradient, stride)):
+            part = part.float()
+            if "l2" in parts:
+                if first:
+                    torch.mul(part, part, out=parts["l2"][k]).mul_(factor * factor)
+                else:
+                    parts["l2"][k].addcmul_(part, part, value=factor * factor)
+            if "l1" in parts:
+                if first:
+                    torch.abs(part, out=parts["l1"][k]).mul_(factor)
+                else:
+                    parts["l1"][k].add_(part.abs_(), alpha=factor)
+
+    def of_all_ranks(self, linears: dict[str, nn.Linear]) -> "BlockSums":
+        """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros."""
+        for totals in self.totals.values():
+            for name, linear in linears.items():
+                if name not in totals:
+                    totals[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
+                if parallel.world() > 1:  # whose layouts may differ
+                    totals[name] = parallel.add_up(totals[name].contiguous())
+        return self
+
+    def result(self, norm: str) -> dict[str, torch.Tensor]:
+        """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples. Consumes the
+        sums and keeps their layout, which may be transposed."""
+        totals = self.totals.pop(norm)
+        return {name: total.sqrt_() if norm == "l2" else total for name, total in totals.items()}
+
+
+def _parts(tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> tuple[torch.Tensor, ...]:
+    """Flat views of a matrix in the order of its memory; it is copied first if its layout is not the one with `stride`."""
+    if stride is not None and tensor.stride() != stride:
+        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)
+    return flat.split(CACHE_ELEMENTS if flat.device.type == "cpu" else flat.numel())
