@@ -38,6 +38,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--norms", nargs="+", choices=NORMS, default=list(NORMS), help="l1 is sum |G|, l2 is sqrt(sum G^2) (default: both)"
     )
+    parser.add_argument(
+        "--norm_dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of the stored norms; float32 has no underflow or overflow and twice the size (default: %(default)s)",
+    )
     parser.add_argument("--output_dir", default="gradients", help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
@@ -58,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    cli.check_vocabulary(args, tokenizer, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own = parallel.share(windows)
     decoder, chosen = cli.load(args, device, sums_per_weight=4 * len(norms), graph=True)
@@ -87,7 +94,11 @@ def main(args: argparse.Namespace) -> None:
     work = GradientWork(next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}"), settings, device, args.resume)
     if work.done:
         logger.info("going on after %d of %d samples", work.done, len(own))
-    writers = {norm: GradientWriter(folder) for norm, folder in folders.items()} if parallel.rank() == 0 else {}
+    writers = (
+        {norm: GradientWriter(folder, loading.DTYPES[args.norm_dtype]) for norm, folder in folders.items()}
+        if parallel.rank() == 0
+        else {}
+    )
     phases = report.Phases(device)
     with phases("gradients"):
         walk = gradient_norms(
@@ -98,8 +109,11 @@ def main(args: argparse.Namespace) -> None:
             for norm, writer in writers.items():
                 writer.write_block(i, sums.result(norm), fingerprint)
     for norm, writer in writers.items():
-        writer.finish({"norm": norm, **provenance})
-        print(f"{norm} gradient norms saved in {writer.folder}")
+        writer.finish({"norm": norm, **provenance, "missing": work.missing})
+        print(
+            f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
+            f"{writer.underflow} became 0, {writer.overflow} were cut)"
+        )
     parallel.stop()
     work.remove()
 

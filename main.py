@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 
-from lib import checkpoint, cli, data, loading, parallel, report
+from lib import checkpoint, cli, data, loading, parallel, report, selection
 from lib.eval import perplexity, windows_of
 from lib.gradient_folder import GradientNorms
 from lib.masks import Sparsity
@@ -20,9 +20,11 @@ from lib.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
 
 logger = logging.getLogger("main")
 
+HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and text do not belong together
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Declare and check the flags; nothing is loaded. `sparsity` joins the result, parsed."""
+    """Declare and check the flags; nothing is loaded. `sparsity` and `ratios` join the result, parsed."""
     parser = argparse.ArgumentParser(
         description="Prune a causal language model in one shot; print its perplexity before and after."
     )
@@ -47,7 +49,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total"
     )
+    cli.add_selection_flags(parser)
     parser.add_argument("--layer_no", type=int, default=-1, help="prune this block only (default: all)")
+    parser.add_argument(
+        "--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts'
+    )
     parser.add_argument(
         "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
     )
@@ -68,13 +74,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
         )
     try:
-        args.sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+        args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios else None
+        named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
+        args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
         data.check_source(args.eval_dataset, args.data_dir, "evaluation")
         if method.gradients and not os.path.exists(args.gradient_path):
             raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    if args.use_variant and args.sparsity.m:
+    if args.ratios and args.sparsity_type != "unstructured":
+        parser.error(f"--layer_ratios sets shares of rows and {args.sparsity_type} a number per group: choose one")
+    if args.use_variant and args.sparsity_type != "unstructured":
         parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
@@ -112,7 +122,16 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     if method.statistic:
         docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
         calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    cli.check_vocabulary(args, tokenizer, evaluation, calibration)
     decoder, chosen = cli.load(args, device, hidden_states=args.nsamples if method.statistic else 0)
+    targets = selection.select(
+        decoder, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
+    )
+    asked = selection.total_ratio(decoder, targets)
+    logger.info(
+        "pruning %d of %d linears, to a sparsity of %.4f over all of them",
+        sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
+    )  # fmt: skip
 
     phases = report.Phases(decoder.device)
     gradients = None
@@ -131,25 +150,35 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
         store = checkpoint.Store(folder, originals, len(decoder))
     group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
 
-    with phases("dense perplexity"):
-        dense = perplexity(decoder, evaluation, group, "dense perplexity")
     measured = f"on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens"
     if first:
+        print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {measured}", flush=True)
+    with phases("dense perplexity"):
+        dense = perplexity(decoder, evaluation, group, "dense perplexity")
+    if first:
         print(f"dense perplexity {dense:.4f} {measured}", flush=True)
+    if not dense <= HOPELESS and not args.force:  # not <=: NaN is hopeless as well
+        raise ValueError(
+            f"the dense perplexity is {dense:.4g} {measured}, beyond {HOPELESS:.0f}: {type(tokenizer).__name__} of "
+            f"{len(tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or {args.model} not "
+            "a trained model. Nothing was pruned; --force goes on all the same"
+        )
+
+    def updated(i: int) -> list[str]:
+        return [f"{name}.weight" for name in targets.get(i, ())] if method.score is None else []
 
     with phases("prune"):
         zeros = prune(
             decoder,
             calibration,
             method=args.prune_method,
-            sparsity=args.sparsity,
+            sparsity=targets,
             gradients=gradients and gradients.block,
             alpha=args.alpha / gradients.scale if gradients else 1.0,  # stored norms have their scale baked in
             use_variant=args.use_variant,
             gradient_inv=args.gradient_inv,
-            layer=args.layer_no,
             hidden_states=chosen.hidden_states if device.type == "cpu" or chosen.streamed else None,
-            finished=lambda i, block: store and store.write_block(i, decoder.prefixes[i], block, updated=method.score is None),
+            finished=lambda i, block: store and store.write_block(i, decoder.prefixes[i], block, updated=updated(i)),
         )
     sparsity = share_of_zeros(zeros)
     if store:
@@ -165,7 +194,8 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
         return
     if args.save:
         results = {
-            "flags": {name: value for name, value in vars(args).items() if name != "sparsity"},
+            "flags": {name: value for name, value in vars(args).items() if name not in ("sparsity", "ratios")},
+            "layer_ratios": args.ratios,
             "versions": report.versions(),
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
@@ -173,6 +203,7 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
             "processes": parallel.world(),
             "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(evaluation)},
             "sparsity": sparsity,
+            "sparsity_asked": asked,
             "sparsity_by_block": report.by_linear(zeros),
             "phases": phases.record,
         }

@@ -5,7 +5,7 @@ Nothing here holds more than one block in memory. Names are those of `model.stat
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -63,15 +63,16 @@ class Store:
         for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob("model*.safetensors*")]:
             stale.unlink(missing_ok=True)
 
-    def write_block(self, i: int, prefix: str, block: torch.nn.Module, updated: bool = False) -> None:
+    def write_block(self, i: int, prefix: str, block: torch.nn.Module, updated: Container[str] = ()) -> None:
         """Write block `i`, whose tensors are called `prefix` + their name inside it.
 
-        `updated`: the surviving weights changed as well (SparseGPT), so the block's own values are written.
+        `updated`: names inside the block of tensors whose surviving weights changed as well (SparseGPT): those are written with
+        the block's own values.
         """
         tensors = {}
         for name, value in block.state_dict().items():
             original = self.source[prefix + name]
-            if updated:
+            if name in updated:
                 tensors[prefix + name] = value.to("cpu", original.dtype)
             else:
                 tensors[prefix + name] = torch.where(value.cpu() == 0, torch.zeros((), dtype=original.dtype), original)

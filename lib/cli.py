@@ -6,6 +6,7 @@ import sys
 
 import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
 from lib import data, loading, memory, parallel
@@ -51,6 +52,16 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--activation_memory", type=float, metavar="GB", help="for kept hidden states (default: a quarter of the free memory)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together"
+    )
+
+
+def add_selection_flags(parser: argparse.ArgumentParser) -> None:
+    """The patterns of `selection.select`."""
+    example = '"*.o_proj" matches model.layers.0.self_attn.o_proj'
+    parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help=f"only these linears: {example}")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="not these linears, even if included")
 
 
 def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -92,6 +103,20 @@ def load(args: argparse.Namespace, device: torch.device, **needs) -> tuple[Decod
     decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
     return decoder, chosen
+
+
+def check_vocabulary(args: argparse.Namespace, tokenizer, *windows: torch.Tensor | None) -> None:
+    """Raise ValueError if the tokenizer has ids that the model has no embedding for; under --force, only if `windows` do."""
+    embeddings = AutoConfig.from_pretrained(args.model, cache_dir=args.cache_dir).get_text_config().vocab_size
+    highest = max(int(tokens.max()) for tokens in windows if tokens is not None)
+    if not args.force:
+        highest = max(highest, *tokenizer.get_vocab().values())
+    if highest >= embeddings:
+        remedy = "these tokens occur in the text" if args.force else "--force goes on if the text does not need them"
+        raise ValueError(
+            f"the tokenizer ({type(tokenizer).__name__}) has token ids up to {highest}, but {args.model} only {embeddings} "
+            f"embeddings: it is another model's, or tokens were added to it without resizing the model. Use the model's own; {remedy}"
+        )
 
 
 def positive(text: str) -> int:

@@ -1,7 +1,7 @@
 """Gradient norms on disk: one safetensors file per block and an `index.json` that says what made them.
 
     gradients_aggregrate_norm_l2_model_NAME/
-        block_000.safetensors ...    keys as published, "self_attn.q_proj_layer_0": (out, in), float16, scale baked in
+        block_000.safetensors ...    keys as published, "self_attn.q_proj_layer_0": (out, in), float16 or float32, scale baked in
         index.json                   written last: provenance, fingerprint of the model, each file's checksum
 
 The published format, one .pth file with a dict of float16 tensors of scale 100, is read too.
@@ -41,24 +41,26 @@ def key_of(linear: str, block: int) -> str:
 class GradientWriter:
     """Writes a gradient folder under a temporary name and renames it when its index is in place."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float16):
         self.folder = folder
+        self.dtype = dtype
         self.partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         self.files: dict[str, dict] = {}
         self.fingerprint: dict[str, list[float]] = {}
-        self.underflow = self.overflow = 0
+        self.total = self.underflow = self.overflow = 0  # norms; of them those that became 0, or were cut, when stored
 
     def write_block(self, i: int, norms: dict[str, torch.Tensor], fingerprint: dict[str, torch.Tensor]) -> None:
         """Write the norms {linear: (out, in)} of block `i` and remember the fingerprint of its weights."""
         tensors = {}
         for name, norm in norms.items():
-            stored = norm.to(torch.float16).contiguous()
-            self.underflow += ((stored == 0) & (norm > 0)).sum().item()
+            stored = norm.to(self.dtype).contiguous()
+            self.total += norm.numel()
+            self.underflow += norm.count_nonzero().item() - stored.count_nonzero().item()
             if overflow := stored.isinf().sum().item():
                 self.overflow += overflow
-                stored.clamp_(max=torch.finfo(torch.float16).max)
+                stored.clamp_(max=torch.finfo(self.dtype).max)
             tensors[key_of(name, i)] = stored.cpu()
             self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
         file = self.partial / f"block_{i:03d}.safetensors"
@@ -68,9 +70,13 @@ class GradientWriter:
     def finish(self, provenance: dict) -> None:
         """Write the index and give the folder its name, in place of an older one. `provenance` must hold the scale."""
         if self.underflow or self.overflow:
-            logger.warning("stored as float16, %d norms became 0 and %d were cut to 65504", self.underflow, self.overflow)
+            logger.warning(
+                "of %d norms stored as float16, %d became 0 and %d were cut to 65504: --norm_dtype float32 keeps them",
+                self.total, self.underflow, self.overflow,
+            )  # fmt: skip
         index = {
             **provenance,
+            "norm_dtype": str(self.dtype).removeprefix("torch."),
             "stored_zero": self.underflow,
             "stored_cut": self.overflow,
             "files": dict(sorted(self.files.items())),

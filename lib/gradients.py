@@ -8,11 +8,13 @@ gradients, sums and (recomputing) graph and weights exist for one block at a tim
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
 from tqdm import tqdm
 
+from lib import parallel
 from lib.gradient_sums import BlockSums
 from lib.model import Decoder, State
 
@@ -98,7 +100,7 @@ def gradient_norms(
     if keep_graph:
         for i in reversed(range(len(decoder))):
             yield i, sums.pop(i).of_all_ranks(decoder.linears(i))
-    walk.report_missing(len(windows))
+    work.missing = walk.report_missing(len(windows))
 
 
 class _Walk:
@@ -199,14 +201,17 @@ class _Walk:
             raise ValueError(f"sample {sample} gives a non-finite gradient in {where} at any loss scale: {_REMEDY}")
         return loss_scale / OVERFLOW_STEP
 
-    def report_missing(self, nsamples: int) -> None:
-        never = [name for name, count in self.missing.items() if count == nsamples]
-        if never:
-            raise ValueError(
-                f"{never[0]} got no gradient from any of the {nsamples} samples: it does not take part in the loss"
-            )
-        for name, count in self.missing.items():
+    def report_missing(self, nsamples: int) -> dict[str, int]:
+        """{linear: samples of all processes that gave it no gradient}; ValueError if that is all of them."""
+        nsamples = sum(parallel.gather(nsamples))
+        missing = sum(map(Counter, parallel.gather(self.missing)), Counter())
+        for name, count in missing.items():
+            if count == nsamples:
+                raise ValueError(
+                    f"{name} got no gradient from any of the {nsamples} samples: it does not take part in the loss"
+                )
             logger.warning("%s got no gradient from %d of %d samples", name, count, nsamples)
+        return dict(missing)
 
 
 _REMEDY = "use --dtype bfloat16 or float32, or leave the sample out with another --seed"

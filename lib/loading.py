@@ -1,18 +1,22 @@
 """A model's name to a `Decoder`: in memory, or its blocks left in the checkpoint; on which device and in which dtype."""
 
+import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers.utils import cached_file
 
 from lib import checkpoint
-from lib.model import Decoder, find_blocks
+from lib.model import Decoder
 
 logger = logging.getLogger(__name__)
 
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,30 +40,61 @@ def load(
         )
         return Decoder(model, device)
 
-    source = checkpoint.open_checkpoint(name, cache_dir)
-    remedy = "save it once with transformers (model.save_pretrained) or use --memory resident"
-    if source is None:
-        raise ValueError(f"{name} has no safetensors files, which streaming reads blocks from: {remedy}")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=run_dtype)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    names = [key for key in model.state_dict() if key not in tied]
-    if missing := [key for key in names if key not in source]:
-        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
-    path, _ = find_blocks(model)
-    for key in names:
-        if not key.startswith(path + "."):
-            set_module_tensor_to_device(model, key, device, value=source[key].to(device, run_dtype, copy=True))
+    decoder = on_disk(name, dtype=run_dtype, device=device, cache_dir=cache_dir)
+    model, path = decoder.model, decoder.prefixes[0].removesuffix("0.")
+    for key in saved_names(decoder):
+        if not key.startswith(path):
+            set_module_tensor_to_device(model, key, device, value=decoder.source[key].to(device, run_dtype, copy=True))
     model.tie_weights()
     for key, buffer in model.named_buffers():
         if buffer.device.type != "meta":
             set_module_tensor_to_device(model, key, device, value=buffer)
-    return Decoder(model, device, source)
+    return decoder
+
+
+def skeleton(name: str, dtype: torch.dtype | None = None, cache_dir: str | None = None):
+    """The model with its parameters on the meta device: names and shapes, no memory."""
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def on_disk(
+    name: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", cache_dir: str | None = None
+) -> Decoder:
+    """A model all of whose tensors are still in its checkpoint's safetensors, `source`.
+
+    Raises:
+        ValueError: no safetensors, or under other names than the model's; or a model that cannot be pruned.
+    """
+    source = checkpoint.open_checkpoint(name, cache_dir)
+    remedy = "save it once with transformers (model.save_pretrained), or, to prune it, use --memory resident"
+    if source is None:
+        raise ValueError(f"{name} has no safetensors files to read blocks from: {remedy}")
+    decoder = Decoder(skeleton(name, dtype, cache_dir), torch.device(device), source)
+    if missing := [key for key in saved_names(decoder) if key not in source]:
+        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
+    return decoder
 
 
 def load_tokenizer(name: str, cache_dir: str | None = None):
-    """The model's own tokenizer."""
-    return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    """The model's own tokenizer.
+
+    A LLaMA checkpoint with nothing but SentencePiece's `tokenizer.model` is read as the published code read it: with BOS
+    unless its config says otherwise, whatever that calls the class (conversions of LLaMA-1 say "LLaMATokenizer", and some
+    have empty special tokens). transformers 5 alone would leave BOS out and split the first word differently.
+    """
+
+    def find(file: str) -> str | None:
+        return cached_file(name, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    if config.model_type != "llama" or not find("tokenizer.model") or find("tokenizer.json"):
+        return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    path = find("tokenizer_config.json")
+    said = json.loads(Path(path).read_text()) if path else {}
+    missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
+    return LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
 
 
 def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib import parallel
-from lib.loading import resolve_dtype
+from lib.loading import resolve_dtype, skeleton
 from lib.model import find_blocks
 
 logger = logging.getLogger(__name__)
@@ -62,9 +60,8 @@ def plan(
         hidden_states: how many (T, H) hidden states a resident run keeps.
         activation_memory: GB for kept hidden states; None: a share of the free memory.
     """
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(name, cache_dir=cache_dir)
+    config = model.config
     width = resolve_dtype(dtype, config, device).itemsize
     blocks = find_blocks(model)[1]
     in_blocks = sum(parameter.numel() for parameter in blocks.parameters())

@@ -12,6 +12,7 @@ from lib import metrics, parallel, sparsegpt
 from lib.activations import ActivationNorm, observe
 from lib.masks import Sparsity, n_of_m, per_row, variant, whole_matrix
 from lib.model import Decoder, State
+from lib.selection import Targets, select
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +48,11 @@ def prune(
     windows: torch.Tensor | None,
     *,
     method: str,
-    sparsity: Sparsity,
+    sparsity: Sparsity | Targets,
     gradients: Callable[[int], dict[str, torch.Tensor]] | None = None,
     alpha: float = 1.0,
     use_variant: bool = False,
     gradient_inv: bool = False,
-    layer: int = -1,
     hidden_states: int | None = None,
     finished: Callable[[int, nn.Module], None] = lambda i, block: None,
 ) -> Zeros:
@@ -63,47 +63,42 @@ def prune(
 
     Args:
         windows: (n, T) token ids, of which several processes take a share each; None for a method that does not look at activations.
+        sparsity: of every linear, or a table from `selection.select`.
         gradients: block index -> {linear: gradient norm (out, in)} of the dense model, for a method that uses them.
         alpha: weight of the gradient term of "gblm", applied to the norms as `gradients` returns them.
-        layer: prune this block only; -1 prunes all.
         hidden_states: keep more than so many samples' hidden states in a file, not in memory.
         finished: called with every block, while it is resident, when its weights are final.
 
     Raises:
-        ValueError: an N:M pattern that does not divide a linear, a layer out of range, or non-finite scores.
+        ValueError: an N:M pattern that does not divide a linear, or non-finite scores.
     """
-    if not -1 <= layer < len(decoder):
-        raise ValueError(f"layer {layer} does not exist: the model has blocks 0 to {len(decoder) - 1}")
-    for i in range(len(decoder)):
-        for name, linear in decoder.linears(i).items():
-            sparsity.check_width(decoder.prefixes[i] + name, linear.in_features)
-
+    targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
     rule = METHODS[method]
     states = decoder.enter_all(parallel.share(windows), hidden_states) if rule.statistic else []
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
             linears = decoder.linears(i)
-            if layer in (-1, i):
-                statistics = _observe(decoder, i, linears, states, rule.statistic, len(windows)) if rule.statistic else {}
-                norms = gradients(i) if rule.gradients else {}
-                for name, linear in linears.items():
-                    try:
-                        if rule.score is None:
-                            linear.weight.copy_(sparsegpt.solve(linear.weight, statistics[name], sparsity))
-                            continue
-                        factors = {}
-                        if rule.statistic:
-                            factors["x_norm"] = statistics[name]
-                        if rule.gradients:
-                            factors["grad_norm"] = norms[name].to(linear.weight.device)
-                        score = rule.inverse if gradient_inv else rule.score
-                        if score is metrics.gblm:
-                            factors["alpha"] = alpha
-                        mask = mask_of(score(linear.weight, **factors), sparsity, rule.group, use_variant)
-                    except ValueError as error:
-                        raise ValueError(f"{decoder.prefixes[i]}{name}: {error}") from error
-                    linear.weight.masked_fill_(mask, 0)
+            chosen = {name: linears[name] for name in targets.get(i, ())}
+            statistics = _observe(decoder, i, chosen, states, rule.statistic, len(windows)) if rule.statistic and chosen else {}
+            norms = gradients(i) if rule.gradients and chosen else {}
+            for name, linear in chosen.items():
+                try:
+                    if rule.score is None:
+                        linear.weight.copy_(sparsegpt.solve(linear.weight, statistics[name], targets[i][name]))
+                        continue
+                    factors = {}
+                    if rule.statistic:
+                        factors["x_norm"] = statistics[name]
+                    if rule.gradients:
+                        factors["grad_norm"] = norms[name].to(linear.weight.device)
+                    score = rule.inverse if gradient_inv else rule.score
+                    if score is metrics.gblm:
+                        factors["alpha"] = alpha
+                    mask = mask_of(score(linear.weight, **factors), targets[i][name], rule.group, use_variant)
+                except ValueError as error:
+                    raise ValueError(f"{decoder.prefixes[i]}{name}: {error}") from error
+                linear.weight.masked_fill_(mask, 0)
             zeros[i] = {name: _count_zeros(linear.weight) for name, linear in linears.items()}
             finished(i, block)
             if i + 1 < len(decoder):

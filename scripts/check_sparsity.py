@@ -1,0 +1,140 @@
+"""Check a pruned checkpoint: sparsity of every linear, an N:M pattern, and that every surviving weight is the dense model's.
+
+    python scripts/check_sparsity.py out/model --pattern 2:4 --against meta-llama/Llama-2-7b-hf
+
+Exits with 1 if the pattern or the comparison does not hold, and says where. Weights are read from the mapped files, a piece
+at a time, so any size of model can be checked. SparseGPT updates the weights it keeps: its checkpoints never hold --against.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib import cli, loading
+from lib.masks import Sparsity
+from lib.model import Decoder
+from lib.selection import Targets, select
+
+PIECE = 2**24  # weights read at a time
+SHOWN = 20  # of many problems
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a tensor, as a matrix of about PIECE elements."""
+    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+    rows = max(1, PIECE // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        yield start, matrix[start : start + rows]
+
+
+def count_zeros(weight: torch.Tensor) -> int:
+    return weight.numel() - sum(torch.count_nonzero(rows).item() for _, rows in pieces(weight))
+
+
+def violations(weight: torch.Tensor, n: int, m: int) -> str:
+    """What breaks N:M in a matrix: groups of `m` inputs with fewer than `n` zeros. Empty if nothing does."""
+    count, first = 0, ""
+    for start, rows in pieces(weight):
+        zeros = (rows == 0).view(len(rows), -1, m).sum(dim=-1)
+        broken = (zeros < n).nonzero()
+        if len(broken) and not first:
+            row, group = broken[0].tolist()
+            first = f"row {start + row}, inputs {group * m} to {group * m + m - 1}: {zeros[row, group].item()} zeros"
+        count += len(broken)
+    return f"{count} groups of {m} with fewer than {n} zeros, the first in {first}" if count else ""
+
+
+def changes(tensor: torch.Tensor, dense: torch.Tensor, may_be_zero: bool) -> str:
+    """How a tensor differs from the dense model's, bit by bit; zeros may differ in a pruned linear. Empty if it does not."""
+    if tensor.shape != dense.shape or tensor.dtype != dense.dtype:
+        return f"{tuple(tensor.shape)} in {tensor.dtype}, the dense model's is {tuple(dense.shape)} in {dense.dtype}"
+    bits, count, first = BITS[tensor.element_size()], 0, ""
+    for (start, rows), (_, expected) in zip(pieces(tensor), pieces(dense), strict=True):
+        differs = rows.contiguous().view(bits) != expected.contiguous().view(bits)
+        if may_be_zero:
+            differs &= rows != 0
+        found = differs.nonzero()
+        if len(found) and not first:
+            row, column = found[0].tolist()
+            first = f"row {start + row}, column {column}: {rows[row, column].item()}, dense {expected[row, column].item()}"
+        count += len(found)
+    return f"{count} of {tensor.numel()} values are not the dense model's, the first in {first}" if count else ""
+
+
+def report(decoder: Decoder, pattern: Sparsity | None, targets: Targets) -> list[str]:
+    """Print the sparsity of every linear of a checkpoint; returns what breaks the pattern in the linears of `targets`."""
+    broken, zeros, total = [], 0, 0
+    print("block", *decoder.linears(0))
+    for i in range(len(decoder)):
+        shares = []
+        for name in decoder.linears(i):
+            full = f"{decoder.prefixes[i]}{name}"
+            weight = decoder.source[f"{full}.weight"]
+            found = count_zeros(weight)
+            shares.append(f"{found / weight.numel():.4f}".ljust(len(name)))
+            zeros, total = zeros + found, total + weight.numel()
+            if pattern and name in targets.get(i, {}) and (problem := violations(weight, pattern.n, pattern.m)):
+                broken.append(f"{full}: {problem}")
+        print(f"{i:<5}", *shares, flush=True)
+    print(f"sparsity {zeros / total:.4f} over {total} weights of the blocks' linears")
+    return broken
+
+
+def compare(decoder: Decoder, dense: Decoder) -> list[str]:
+    """What a checkpoint has that the dense model has not, apart from zeros in the blocks' linears."""
+    pruned = {f"{decoder.prefixes[i]}{name}.weight" for i in range(len(decoder)) for name in decoder.linears(i)}
+    names, expected = loading.saved_names(decoder), loading.saved_names(dense)
+    changed = [f"{name}: in only one of the two checkpoints" for name in sorted(set(names) ^ set(expected))]
+    for name in [name for name in names if name in expected]:
+        if problem := changes(decoder.source[name], dense.source[name], may_be_zero=name in pruned):
+            changed.append(f"{name}: {problem}")
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="folder or hub name of the pruned model, in safetensors")
+    parser.add_argument("--pattern", help="N:M, at least N zeros in every M consecutive inputs, such as 2:4")
+    parser.add_argument("--against", metavar="DENSE", help="folder or hub name of the model it was pruned from")
+    cli.add_selection_flags(parser)
+    parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
+    args = parser.parse_args()
+    pattern = None
+    if args.pattern:
+        try:
+            pattern = Sparsity.parse(args.pattern)
+        except ValueError as error:
+            parser.error(f"--pattern: {error}")
+    elif args.include or args.exclude:
+        parser.error("--include and --exclude choose what --pattern is checked on: add it")
+    decoder = loading.on_disk(args.checkpoint, cache_dir=args.cache_dir)
+    dense = loading.on_disk(args.against, cache_dir=args.cache_dir) if args.against else None
+    targets = select(decoder, pattern, include=args.include, exclude=args.exclude) if pattern else {}
+
+    failed = False
+    broken = report(decoder, pattern, targets)
+    if pattern:
+        show(broken, f"{args.pattern} in {sum(map(len, targets.values()))} linears")
+        failed |= bool(broken)
+    if dense:
+        changed = compare(decoder, dense)
+        show(changed, f"every other weight is bit-identical to {args.against}")
+        failed |= bool(changed)
+    sys.exit(failed)
+
+
+def show(problems: list[str], claim: str) -> None:
+    for problem in problems[:SHOWN]:
+        print(problem)
+    if len(problems) > SHOWN:
+        print(f"and {len(problems) - SHOWN} more tensors")
+    print(f"{'FAILS' if problems else 'holds'}: {claim}")
+
+
+if __name__ == "__main__":
+    main()
