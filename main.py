@@ -57,6 +57,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
     )
+    parser.add_argument(
+        "--batch_size",
+        type=cli.positive,
+        default=1,
+        help="windows of the perplexity in one forward pass (default: %(default)s)",
+    )
     parser.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
     parser.add_argument("--save_model", help="folder for the pruned checkpoint")
     parser.add_argument("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
@@ -154,7 +160,7 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     if first:
         print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {measured}", flush=True)
     with phases("dense perplexity"):
-        dense = perplexity(decoder, evaluation, group, "dense perplexity")
+        dense = perplexity(decoder, evaluation, batch=args.batch_size, group=group, progress="dense perplexity")
     if first:
         print(f"dense perplexity {dense:.4f} {measured}", flush=True)
     if not dense <= HOPELESS and not args.force:  # not <=: NaN is hopeless as well
@@ -188,7 +194,7 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
         decoder.source = store.tensors()
 
     with phases("pruned perplexity"):
-        pruned = perplexity(decoder, evaluation, group, "pruned perplexity")
+        pruned = perplexity(decoder, evaluation, batch=args.batch_size, group=group, progress="pruned perplexity")
     parallel.stop()
     if not first:
         return

@@ -22,7 +22,7 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
     [ "$value" != "${arguments[i]}" ] || value=${arguments[i + 1]:-}
     case $flag in
         --nsamples | --seq_length | --seed | --dataset | --data_dir | --cache_dir | --dtype | --device | --memory | --activation_memory) common+=("$flag" "$value") ;;
-        --pack) common+=(--pack) ;;
+        --pack | --force) common+=("$flag") ;;
         --prune_method) method=$value ;;
         --sparsity_type) ratio=() ;;
         --gradient_path | -h | --help) needs_gradients=no ;;

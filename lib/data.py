@@ -137,5 +137,5 @@ def _packed_windows(docs, tokenizer, nsamples, seq_length, rng) -> list[list[int
             return [stream[i * seq_length : (i + 1) * seq_length] for i in range(nsamples)]
     raise ValueError(
         f"all {len(docs)} documents packed hold {len(stream)} tokens, fewer than {nsamples} windows of {seq_length}: "
-        f"use --nsamples {len(stream) // seq_length} or less, or a shorter --seq_length"
+        f"use fewer --nsamples (at most {len(stream) // seq_length}), a shorter --seq_length or more text"
     )

@@ -24,21 +24,25 @@ def windows_of(tokens: torch.Tensor, seq_length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def perplexity(decoder: Decoder, windows: torch.Tensor, group: int = 1, progress: str = "perplexity") -> float:
+def perplexity(
+    decoder: Decoder, windows: torch.Tensor, *, batch: int = 1, group: int = 1, progress: str = "perplexity"
+) -> float:
     """`exp` of the mean over windows (n, T) of each window's mean cross-entropy over its T - 1 targets.
 
-    `group` windows go through the blocks together, so a streamed block is read once for all of them; each window is still
-    a batch of its own, and the result does not depend on the group. Several processes share the windows.
+    `batch` windows are one forward pass; the result does not depend on it but for rounding. `group` windows (at least a
+    batch) go through a block before the next is needed, so a streamed block is read once for all of them; the result does
+    not depend on it at all. Several processes share the windows.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
     own = parallel.share(windows)
     with tqdm(total=len(own), desc=progress, unit="window", disable=None) as bar:
-        for chunk in own.split(group):
-            states = [decoder.enter(window[None]) for window in chunk]
+        for chunk in own.split(max(group, batch)):
+            parts = chunk.split(batch)
+            states = [decoder.enter(part) for part in parts]
             for i in range(len(decoder)):
                 with decoder.resident(i):
                     decoder.advance(i, states)
-            for state, window in zip(states, chunk, strict=True):
-                total += decoder.tail(state.hidden, window[None])[0]
+            for state, part in zip(states, parts, strict=True):
+                total += decoder.tail(state.hidden, part)[0] * len(part)
             bar.update(len(chunk))
     return math.exp(parallel.add_up(total).item() / len(windows))

@@ -9,7 +9,7 @@ import torch
 
 from lib import parallel
 from lib.loading import resolve_dtype, skeleton
-from lib.model import find_blocks
+from lib.model import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +59,19 @@ def plan(
         graph: whether a sample's graph through all blocks is kept when resident.
         hidden_states: how many (T, H) hidden states a resident run keeps.
         activation_memory: GB for kept hidden states; None: a share of the free memory.
+
+    Raises:
+        ValueError: a model this project cannot prune (see `Decoder`), before any of it is loaded.
     """
-    model = skeleton(name, cache_dir=cache_dir)
-    config = model.config
+    decoder = Decoder(skeleton(name, cache_dir=cache_dir), torch.device("meta"))
+    model, config = decoder.model, decoder.model.config
     width = resolve_dtype(dtype, config, device).itemsize
-    blocks = find_blocks(model)[1]
-    in_blocks = sum(parameter.numel() for parameter in blocks.parameters())
+    in_blocks = sum(parameter.numel() for parameter in decoder.blocks.parameters())
     state = seq_length * config.get_text_config().hidden_size * width
     free = free_bytes(device)
     budget = activation_memory * 1e9 if activation_memory is not None else ACTIVATION_SHARE * free
     needed = sum(parameter.numel() for parameter in model.parameters()) * width + in_blocks * sums_per_weight
-    needed += len(blocks) * GRAPH_WIDTH * state * graph + min(hidden_states * state, budget)
+    needed += len(decoder) * GRAPH_WIDTH * state * graph + min(hidden_states * state, budget)
     streamed = memory == "streamed" or (memory == "auto" and needed > RESERVE * free)
     logger.info(
         "%s (--memory %s): a resident run needs about %.1f GB, %.1f GB are free on %s",

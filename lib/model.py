@@ -48,14 +48,14 @@ class Decoder:
         source: {tensor name: tensor}; the blocks' own tensors are then on the meta device.
 
     Raises:
-        ValueError: no list of decoder blocks, or a block with weight matrices that are not `nn.Linear`.
+        ValueError: no list of decoder blocks, or a block with weight matrices that are not those of a dense `nn.Linear`.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, source: Mapping[str, torch.Tensor] | None = None):
         self.model = model.eval().requires_grad_(False)
         self.device = device
         self.source = source
-        path, self.blocks = find_blocks(model)
+        path, self.blocks = _find_blocks(model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
         self._returns_tuple = False  # of a block; learnt when one runs
@@ -192,7 +192,7 @@ class Decoder:
                 del block.forward
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -208,6 +208,10 @@ def _require_linears(path: str, block: nn.Module) -> None:
             raise ValueError(
                 f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
                 "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
+            )
+        if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
+            raise ValueError(
+                f"{path}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it was made from"
             )
 
 

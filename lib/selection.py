@@ -53,9 +53,9 @@ def select(
         if key.isdecimal():
             if int(key) >= len(decoder):
                 raise ValueError(f"block {key} of --layer_ratios does not exist: the model has blocks 0 to {len(decoder) - 1}")
-            matching = [linear for linear in selected if linear[0] == int(key)]
+            matching = [linear for linear in names if linear[0] == int(key)]
         else:
-            matching = _matching(key, selected, "--layer_ratios")
+            matching = _matching(key, names, "--layer_ratios")
         own |= dict.fromkeys(matching, Sparsity(ratio))
 
     targets: Targets = {}

@@ -96,14 +96,15 @@ def compare(decoder: Decoder, dense: Decoder) -> list[str]:
     return changed
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> bool:
+    """Check what the flags ask for; returns whether anything fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model, in safetensors")
     parser.add_argument("--pattern", help="N:M, at least N zeros in every M consecutive inputs, such as 2:4")
     parser.add_argument("--against", metavar="DENSE", help="folder or hub name of the model it was pruned from")
     cli.add_selection_flags(parser)
     parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pattern = None
     if args.pattern:
         try:
@@ -125,7 +126,7 @@ def main() -> None:
         changed = compare(decoder, dense)
         show(changed, f"every other weight is bit-identical to {args.against}")
         failed |= bool(changed)
-    sys.exit(failed)
+    return failed
 
 
 def show(problems: list[str], claim: str) -> None:
@@ -137,4 +138,4 @@ def show(problems: list[str], claim: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

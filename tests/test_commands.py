@@ -22,8 +22,11 @@ COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation}
 def run(script: str, *arguments) -> str:
     """Run a command in this process (a new one spends seconds on its imports); returns its standard output."""
     command, printed = COMMANDS[script], io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command.main(command.parse([str(argument) for argument in arguments]))
+    try:
+        with contextlib.redirect_stdout(printed):
+            command.main(command.parse([str(argument) for argument in arguments]))
+    finally:
+        print(printed.getvalue(), end="")  # what a command that fails printed is the test's to look at
     return printed.getvalue()
 
 
@@ -99,10 +102,9 @@ def test_pruning_end_to_end(flags, gradients, saved_model, text, tmp_path, dtype
     results = json.loads((save / "results.json").read_text())
     dense, pruned = results["perplexity"]["dense"], results["perplexity"]["pruned"]
     lines = done.stdout.splitlines()
-    assert (
-        lines[0].startswith(f"dense perplexity {dense:.4f} on ")
-        and f"{results['perplexity']['windows']} windows of 16" in lines[0]
-    )
+    measured = f"on {text}, {results['perplexity']['windows']} windows of 16 tokens"
+    assert lines[0].startswith("tokenizer ") and lines[0].endswith(f" of 96 tokens, perplexity {measured}")
+    assert lines[1] == f"dense perplexity {dense:.4f} {measured}"
     assert f"pruned perplexity {pruned:.4f}" in done.stdout and "sparsity 0.5000" in done.stdout
     assert (save / "log.txt").read_text() == f"actual_sparsity\tppl\n0.5000\t{pruned:.4f}\n"
     assert results["flags"]["alpha"] == 100 and results["phases"]["prune"]["seconds"] >= 0
@@ -125,7 +127,7 @@ def test_pruning_end_to_end(flags, gradients, saved_model, text, tmp_path, dtype
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_baselines_need_no_gradients_and_no_place_to_save(flags, text, method):
     printed = run("main.py", *flags, "--prune_method", method, "--sparsity_ratio", 0.5, "--eval_dataset", text)
-    sparsity = float(printed.splitlines()[1].removeprefix("sparsity "))
+    sparsity = float(printed.splitlines()[2].removeprefix("sparsity "))
     assert sparsity == pytest.approx(0.5, abs=0.005)
 
 
@@ -185,6 +187,73 @@ def test_gradients_of_another_model_stop_the_run(flags, gradients, tmp_path, sav
     assert "dense perplexity" not in capsys.readouterr().out
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_stops_the_run(flags, saved_model, text, tmp_path, capsys):
+    shutil.copytree(saved_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    tokenizer.add_tokens(["<never used>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [*flags, "--model", tmp_path / "model"]
+    pruning_flags = ["--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
+    for script, more in (("main.py", pruning_flags), ("gradient_computation.py", ["--output_dir", tmp_path])):
+        with pytest.raises(ValueError, match=r"token ids up to 96, but .* only 96 embeddings.*--force"):
+            run(script, *command, *more)
+    assert capsys.readouterr().out == ""
+    assert "pruned perplexity" in run("main.py", *command, *pruning_flags, "--force")
+    text = tmp_path / "text.txt"
+    text.write_text("w5 <never used> " * 50)
+    with pytest.raises(ValueError, match="token ids up to 96.*occur in the text"):
+        run("main.py", *command, *pruning_flags, "--eval_dataset", text, "--force")
+
+
+def test_a_hopeless_dense_perplexity_stops_the_run(flags, saved_model, text, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(saved_model)
+    with torch.no_grad():
+        model.model.norm.weight *= 100  # certain, and wrong
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(saved_model).save_pretrained(tmp_path)
+    command = [*flags, "--model", tmp_path, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
+    with pytest.raises(ValueError, match=r"dense perplexity is .* beyond 1000: .* of 96 tokens may not be .*--force"):
+        run("main.py", *command, "--save_model", tmp_path / "pruned")
+    printed = capsys.readouterr().out
+    assert "dense perplexity" in printed and "pruned" not in printed
+    assert not list((tmp_path / "pruned").glob("*.safetensors"))
+    assert "pruned perplexity" in run("main.py", *command, "--force")
+
+
+def test_windows_in_batches_give_the_same_perplexity(flags, text):
+    command = [*flags, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
+    one, many = (run("main.py", *command, "--batch_size", size).splitlines() for size in (1, 7))
+    assert [line.split(" on ")[0] for line in one] == [line.split(" on ")[0] for line in many]
+
+
+def test_selection_by_name_and_by_ratio(flags, text, tmp_path, saved_model):
+    (tmp_path / "ratios.json").write_text(json.dumps({"0": 0.25, "*.down_proj": 0.75}))
+    printed = run(
+        "main.py", *flags, "--prune_method", "wanda", "--sparsity_ratio", 0.5, "--layer_ratios", tmp_path / "ratios.json",
+        "--exclude", "*.o_proj", "--eval_dataset", text, "--save", tmp_path, "--save_model", tmp_path / "model",
+    )  # fmt: skip
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    results, zero, total = json.loads((tmp_path / "results.json").read_text()), 0, 0
+    for i in range(3):
+        for name, found in results["sparsity_by_block"][str(i)].items():
+            weight = weights[f"model.layers.{i}.{name}.weight"]
+            expected = 0 if "o_proj" in name else 0.75 if "down_proj" in name else 0.25 if i == 0 else 0.5
+            assert found == (weight == 0).float().mean().item() == expected
+            zero, total = zero + (weight == 0).sum().item(), total + weight.numel()
+    assert results["sparsity_asked"] == results["sparsity"] == zero / total
+    assert f"sparsity {zero / total:.4f}" in printed
+    assert results["layer_ratios"] == {"0": 0.25, "*.down_proj": 0.75}
+
+
+def test_norms_are_stored_in_float32_on_request(flags, tmp_path):
+    printed = run("gradient_computation.py", *flags, "--norms", "l2", "--norm_dtype", "float32", "--output_dir", tmp_path)
+    folder = tmp_path / "llama2" / "gradients_aggregrate_norm_l2_model_tiny-llama"
+    index, norms = json.loads((folder / "index.json").read_text()), GradientNorms(folder).block(0)
+    assert norms["mlp.up_proj"].dtype == torch.float32
+    assert index["norm_dtype"] == "float32" and index["stored_zero"] == index["stored_cut"] == 0 and index["missing"] == {}
+    assert "in float32: 0 became 0, 0 were cut" in printed
+
+
 def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
     run(
         "main.py",
@@ -215,6 +284,9 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--prune_method wanda --sparsity_ratio 0.5 --dataset nothing.txt", "nothing.txt does not exist"),
         ("--prune_method wanda --sparsity_ratio 0.5 --device cuda:77", "--device cpu"),
         ("--prune_method wanda --sparsity_ratio 0.5 --nsamples 0", "not above 0"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "neither a block nor -1"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --layer_ratios none.json", "none.json"),
+        ("--prune_method wanda --sparsity_type 2:4 --layer_ratios {ratios}", "choose one"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save /proc/nowhere", "--save cannot be written"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save_model /proc/nowhere", "--save_model cannot be written"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save_model m", "dense weights would be lost"),
@@ -223,9 +295,10 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--sparsity_ratio 0.5", "--prune_method"),
     ],
 )  # fmt: skip
-def test_wrong_flags_are_parser_errors(arguments, message, capsys):
+def test_wrong_flags_are_parser_errors(arguments, message, capsys, tmp_path):
+    (tmp_path / "ratios.json").write_text('{"0": 0.3}')
     with pytest.raises(SystemExit) as stop:
-        pruning.parse(["--model", "m", *arguments.split()])
+        pruning.parse(["--model", "m", *arguments.format(ratios=tmp_path / "ratios.json").split()])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -13,8 +13,9 @@ def test_perplexity_is_the_exponential_of_the_mean_over_windows():
     windows = random_windows(5, 12)
     logits = tiny_model()(windows).logits.log_softmax(-1)
     losses = [-logits[k, range(11), windows[k, 1:]].mean().item() for k in range(5)]  # T - 1 targets
-    for group in (1, 2, 5):
-        assert perplexity(tiny_decoder(), windows, group) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+    for batch, group in ((1, 1), (1, 2), (1, 5), (2, 1), (2, 4), (5, 5), (3, 2)):
+        found = perplexity(tiny_decoder(), windows, batch=batch, group=group)
+        assert found == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
 
 
 def test_full_windows_only():

@@ -81,10 +81,10 @@ def test_a_config_without_bos_is_obeyed(trained, tmp_path):
     assert data.evaluation_tokens([TEXT], tokenizer).tolist() == sentencepiece.SentencePieceProcessor(str(trained)).encode(TEXT)
 
 
-def test_packing_and_drawing_keep_bos(trained, tmp_path):
-    """As published: every document is tokenized by itself, so a packed document starts with BOS, and a drawn window need not."""
+def test_packed_documents_start_with_bos(trained, tmp_path):
+    """Every document is tokenized by itself, as the published code does it."""
     tokenizer = loading.load_tokenizer(folder_with(tmp_path, trained, None, 400))
-    packed = data.calibration_windows([TEXT] * 3, tokenizer, 1, 100, seed=0, pack=True)[0].tolist()
+    packed = data.calibration_windows([TEXT] * 3, tokenizer, 1, 80, seed=0, pack=True)[0].tolist()
     assert packed[0] == 1 and packed[packed.index(2) + 1] == 1
 
 
