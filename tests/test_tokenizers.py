@@ -1,11 +1,7 @@
 """SentencePiece tokenizers as LLaMA-1 and LLaMA-2 checkpoints carry them, against SentencePiece itself."""
 
-import hashlib
 import json
 import shutil
-import subprocess
-import sys
-import zipfile
 
 import pytest
 import sentencepiece
@@ -44,17 +40,10 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mistral(tmp_path_factory):
+def mistral(unpacked):
     """A tokenizer of real size, 32000 pieces, from a wheel on PyPI."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "mistral-common==1.13.1", "-d", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("the wheel mistral-common==1.13.1 cannot be downloaded")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        path = folder / "tokenizer.model"
-        path.write_bytes(wheel.read("mistral_common/data/tokenizer.model.v1"))
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
-    return path
+    folder = unpacked("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
+    return folder / "mistral_common" / "data" / "tokenizer.model.v1"
 
 
 def same_ids(model, config, tmp_path, text):

@@ -1,0 +1,139 @@
+"""Wanda's and SparseGPT's results against other people's code: llm-compressor's functions, and the format of 2:4 kernels."""
+
+import importlib.util
+import logging
+import os
+import sys
+import types
+
+import pytest
+import torch
+from conftest import DEMO, ROOT
+
+from lib import data, loading, metrics
+from lib.activations import ActivationNorm, observe
+from lib.masks import Sparsity
+from lib.prune import mask_of
+from lib.sparsegpt import Hessian, solve
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: run scripts/fetch_demo.py"),
+]
+N, T = 4, 512
+PATTERNS = {"unstructured": (0.5, 0, 0), "2:4": (0.5, 2, 4), "4:8": (0.5, 4, 8)}  # in llm-compressor's terms: share, n, m
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A function: one module's file to the module, without its package, whose pinned dependencies are not ours."""
+    sys.modules.setdefault("loguru", types.SimpleNamespace(logger=logging.getLogger("loguru")))
+
+    def load(path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    if isinstance(sys.modules["loguru"], types.SimpleNamespace):
+        del sys.modules["loguru"]
+
+
+@pytest.fixture(scope="module")
+def pruning(unpacked):
+    sha256 = "be59276d4b239cbde9d11fd1ea064417306b430fb5a9412b140cce514976a0ea"
+    return unpacked("llmcompressor==0.14.0", sha256) / "llmcompressor" / "modifiers" / "pruning"
+
+
+@pytest.fixture(scope="module")
+def compressed(unpacked):
+    sha256 = "5c2dcfd9cd820521906e23e096a51d68755cb88b67e19b1a5c9e11fa69637fb2"
+    return unpacked("compressed-tensors==0.19.0", sha256) / "compressed_tensors" / "utils"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_processors():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def entered():
+    """The demo model and N samples before its first block."""
+    docs = data.documents(str(ROOT / "demo" / "calibration.jsonl"))
+    windows = data.calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
+    decoder = loading.load(str(DEMO), dtype="float32", device="cpu")
+    return decoder, decoder.enter_all(windows)
+
+
+def statistics_of(decoder, i, states, ours, empty, accumulate):
+    """Run block `i` once; its inputs' statistics by our class and by llm-compressor's functions: {linear: tensor} each."""
+    linears = decoder.linears(i)
+    theirs = {name: (empty(linear), 0) for name, linear in linears.items()}
+
+    def hook(name):
+        def record(module, args):
+            theirs[name] = accumulate(args[0], module, *theirs[name])
+
+        return record
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    with torch.no_grad(), observe(linears, ours) as seen:
+        for state in states:
+            decoder.run(i, state.hidden, state.kwargs[i])
+    for handle in handles:
+        handle.remove()
+    return {name: seen[name].result(N) for name in linears}, {name: total for name, (total, _) in theirs.items()}
+
+
+@torch.no_grad()
+def test_wanda_in_every_block(entered, pruning, compressed, alone):
+    theirs, helpers = alone(pruning / "wanda" / "wanda_sparsify.py"), alone(compressed / "helpers.py")
+    kernels = alone(compressed / "semi_structured_conversions.py")
+    decoder, states = entered
+    differing = total = 0
+    for i in range(len(decoder)):
+        own, scalars = statistics_of(
+            decoder, i, states, ActivationNorm, theirs.make_empty_row_scalars, theirs.accumulate_row_scalars
+        )
+        for name, linear in decoder.linears(i).items():
+            assert torch.allclose(own[name].square(), scalars[name], rtol=1e-5)
+            for pattern, arguments in PATTERNS.items():
+                sparsity = Sparsity.parse(pattern, 0.5)
+                expected = theirs.sparsify_weight(linear, {linear: scalars[name].clone()}, *arguments)
+                # Compared as weights: among weights that are zero already, which of them a mask names does not matter.
+                same_norms = linear.weight.masked_fill(mask_of(metrics.wanda(linear.weight, scalars[name].sqrt()), sparsity), 0)
+                assert torch.equal(same_norms, expected), f"block {i} {name} {pattern}"
+                pruned = linear.weight.masked_fill(mask_of(metrics.wanda(linear.weight, own[name]), sparsity), 0)
+                differing, total = differing + (pruned != expected).sum().item(), total + pruned.numel()
+                if pattern == "2:4":
+                    assert helpers.tensor_follows_mask_structure(pruned, "2:4")
+                    half = pruned.half()  # in two bytes a weight: four bytes would be packed 1:2
+                    packed = kernels.sparse_semi_structured_from_dense_cutlass(half)
+                    assert torch.equal(kernels.sparse_semi_structured_to_dense_cutlass(*packed), half)
+                    chosen = pruned
+            linear.weight.copy_(chosen)
+        decoder.advance(i, states)
+    print(f"{differing} of {total} weights differ where each side takes the norms of the inputs itself")
+    assert differing <= 1e-6 * total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sparsegpt_in_the_first_block(entered, pruning, alone, pattern):
+    theirs = alone(pruning / "sparsegpt" / "sgpt_sparsify.py")
+    decoder, states = entered
+    own, hessians = statistics_of(decoder, 0, states, Hessian, theirs.make_empty_hessian, theirs.accumulate_hessian)
+    for name, linear in decoder.linears(0).items():
+        assert torch.allclose(own[name], hessians[name], rtol=1e-3, atol=1e-5 * own[name].abs().max().item())
+        expected = theirs.sparsify_weight(linear, {linear: hessians[name]}, *PATTERNS[pattern], 128, 0.01, False)
+        if isinstance(expected, tuple):
+            expected = next(part for part in expected if torch.is_tensor(part) and part.shape == linear.weight.shape)
+        pruned = solve(linear.weight, own[name], Sparsity.parse(pattern, 0.5))
+        agreement = ((pruned == 0) == (expected == 0)).float().mean().item()
+        print(name, pattern, agreement, (pruned - expected).norm().item() / expected.norm().item())
+        assert agreement > 0.999
+        assert (pruned - expected).norm() < 0.02 * expected.norm()
