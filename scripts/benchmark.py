@@ -37,8 +37,8 @@ def naive_per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:
 def naive_gradients(language_model: torch.nn.Module, linears: dict, windows: torch.Tensor) -> tuple[dict, dict]:
     """l1 and l2 norms by whole-model backward: {name: (out, in)} each."""
     language_model.requires_grad_(True)
-    l1 = {name: torch.zeros_like(linear.weight) for name, linear in linears.items()}
-    l2 = {name: torch.zeros_like(linear.weight) for name, linear in linears.items()}
+    l1 = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
+    l2 = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
     for window in windows:
         language_model.zero_grad()
         language_model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
