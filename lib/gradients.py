@@ -131,8 +131,7 @@ class _Walk:
                     inputs, output = border[s]
                     border[s] = None  # the graph of a sample goes with its gradients
                     if output is None:
-                        with torch.enable_grad():
-                            output = decoder.run(i, inputs.requires_grad_(i > 0), state.kwargs[i])
+                        output = self._with_graph(i, inputs, state)
                     upstream[s] = self._backward(i, linears, sums, inputs, output, upstream[s], first + s, finite)
                     del inputs, output
                 if finite and not torch.stack(finite).all():  # one look at the device per block
@@ -147,14 +146,18 @@ class _Walk:
             for state in states:
                 inputs = state.hidden
                 if self.keep_graph:
-                    with torch.enable_grad():
-                        output = self.decoder.run(i, inputs.requires_grad_(i > 0), state.kwargs[i])
+                    output = self._with_graph(i, inputs, state)
                     state.hidden = output.detach()
                 else:
                     output = None
                     self.decoder.advance(i, [state])
                 border.append((inputs, output))
         return border
+
+    @torch.enable_grad()
+    def _with_graph(self, i: int, inputs: torch.Tensor, state: State) -> torch.Tensor:
+        # Block 0's inputs too, although nobody wants their gradient: they give a block that skips its linears a graph as well.
+        return self.decoder.run(i, inputs.requires_grad_(), state.kwargs[i])
 
     def _tail(self, state: State, tokens: torch.Tensor, sample: int) -> tuple[torch.Tensor, float]:
         """dL/dhidden of the last block's output, multiplied by a loss scale, and that scale."""
@@ -171,7 +174,7 @@ class _Walk:
     def _backward(self, i, linears, sums, inputs, output, upstream, sample, finite):
         """One sample through block `i`: add its gradients to the sums, return the upstream gradient of block i - 1."""
         gradient, loss_scale = upstream
-        wanted = [linear.weight for linear in linears.values()] + ([inputs] if i > 0 else [])
+        wanted = [*(linear.weight for linear in linears.values()), inputs]
         while True:
             grads = torch.autograd.grad(output, wanted, gradient, allow_unused=True, retain_graph=self.scaled)
             # The sum is finite if and only if every entry is: one pass, where isfinite() takes four.
@@ -189,8 +192,6 @@ class _Walk:
                 self.missing[key] = self.missing.get(key, 0) + 1
             else:
                 sums.add(name, grad, loss_scale)
-        if i == 0:
-            return None
         if self.scaled and (largest := grads[-1].abs().amax().item()) > 0:
             step = 2.0 ** math.floor(math.log2(BORDER_MAGNITUDE / largest))
             return grads[-1] * step, loss_scale * step

@@ -1,5 +1,7 @@
 """Block-by-block gradient norms against whole-model autograd."""
 
+import functools
+
 import pytest
 import torch
 from conftest import TINY, random_windows, tiny_decoder, tiny_model
@@ -169,3 +171,32 @@ def test_linears_without_gradients_are_counted_or_refused(caplog):
     decoder.blocks[1].mlp.up_proj.every = 0
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.linear got no gradient from any of the 4"):
         ours(decoder, random_windows(4))
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_a_block_that_some_samples_skip(skipped, keep_graph, caplog):
+    decoder, windows = tiny_decoder("llama"), random_windows(4)
+    states = decoder.enter_all(windows)
+    for i in range(skipped):
+        decoder.advance(i, states)
+    entering = torch.stack([state.hidden[0, 0, 0] for state in states])
+    limit = [entering.sort().values[1]]
+    plain = type(decoder.blocks[skipped])
+
+    class Skipping(plain):
+        @functools.wraps(plain.forward)
+        def forward(self, hidden_states, *args, **kwargs):
+            skip = hidden_states[0, 0, 0] <= limit[0]
+            return hidden_states if skip else super().forward(hidden_states, *args, **kwargs)
+
+    decoder.blocks[skipped].__class__ = Skipping
+    norms = ours(decoder, windows, keep_graph=keep_graph)
+    others = ours(tiny_decoder("llama"), windows[entering > limit[0]], keep_graph=keep_graph)
+    for name in decoder.linears(skipped):
+        full = f"model.layers.{skipped}.{name}"
+        assert f"{full} got no gradient from 2 of 4 samples" in caplog.text
+        assert torch.equal(norms["l2"][full], others["l2"][full])  # the samples that skip the block add nothing
+    limit[0] = torch.inf
+    with pytest.raises(ValueError, match=rf"layers\.{skipped}\..* got no gradient from any of the 4 samples"):
+        ours(decoder, windows, keep_graph=keep_graph)

@@ -5,7 +5,7 @@ import torch
 import transformers
 from conftest import SMALL, TINY, random_windows, tiny_decoder, tiny_model
 
-from lib import loading, model
+from lib import loading, memory, model
 from lib.model import Decoder
 
 
@@ -61,6 +61,21 @@ def test_what_is_not_linear_is_refused_by_name():
     config = transformers.MixtralConfig(**own, num_local_experts=2)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp.* belongs to a Mixtral"):
         Decoder(transformers.MixtralForCausalLM(config), torch.device("cpu"))
+
+
+def test_quantised_weights_are_refused_by_name():
+    quantised = tiny_model("llama")
+    linear = quantised.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(torch.zeros(linear.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is stored in torch\.int8: .* load the one it was"):
+        Decoder(quantised, torch.device("cpu"))
+
+
+def test_a_model_that_cannot_be_pruned_is_refused_before_it_is_loaded(tmp_path):
+    transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50).save_pretrained(tmp_path)  # there are no weights
+    options = {"memory": "auto", "dtype": "auto", "device": torch.device("cpu"), "seq_length": 16}
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn\.weight .* Conv1D"):
+        memory.plan(str(tmp_path), **options)
 
 
 def test_the_fingerprint_knows_the_model_and_not_the_dtype():

@@ -77,6 +77,24 @@ def test_packed_documents_start_with_bos(trained, tmp_path):
     assert packed[0] == 1 and packed[packed.index(2) + 1] == 1
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_fast_tokenizers_with_bos_and_without(tokenizer, bos, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=96).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if bos:
+        pieces = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+        content["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    file.write_text(json.dumps(content))
+    own = loading.load_tokenizer(str(tmp_path))
+    first = [1] if bos else []
+    assert data.evaluation_tokens(["w5 w6", "w7"], own).tolist() == [*first, 5, 6, 7]
+    packed = data.calibration_windows(["w5 w6"] * 4, own, 1, 4 + 2 * len(first), seed=0, pack=True)[0].tolist()
+    assert packed == [*first, 5, 6, 2, *first, 5]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_tokenizer_of_real_size(mistral, config, tmp_path, shared_data):
