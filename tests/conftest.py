@@ -21,6 +21,7 @@ from lib.model import Decoder
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "demo" / "SmolLM2-135M-Instruct"
+needs_demo = pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: run scripts/fetch_demo.py")
 VOCABULARY = 96
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -98,6 +99,15 @@ def saved_model(tmp_path_factory, tokenizer) -> Path:
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def all_processors():
+    """For tests with a model that is not tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """The slow tier: a real model, real text (scripts/fetch_demo.py)."""
 
-import os
-
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, needs_demo
 from test_gradients import autograd_norms, largest_difference, ours
 from test_prune import gradient_of, naive_prune
 from torch import nn
@@ -14,19 +12,8 @@ from lib.eval import perplexity, windows_of
 from lib.masks import Sparsity
 from lib.prune import METHODS, prune
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: run scripts/fetch_demo.py"),
-]
+pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_processors():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 import importlib.util
 import logging
-import os
 import sys
 import types
 
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, needs_demo
 
 from lib import data, loading, metrics
 from lib.activations import ActivationNorm, observe
@@ -16,10 +15,7 @@ from lib.masks import Sparsity
 from lib.prune import mask_of
 from lib.sparsegpt import Hessian, solve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model: run scripts/fetch_demo.py"),
-]
+pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512
 PATTERNS = {"unstructured": (0.5, 0, 0), "2:4": (0.5, 2, 4), "4:8": (0.5, 4, 8)}  # in llm-compressor's terms: share, n, m
 
@@ -50,14 +46,6 @@ def pruning(unpacked):
 def compressed(unpacked):
     sha256 = "5c2dcfd9cd820521906e23e096a51d68755cb88b67e19b1a5c9e11fa69637fb2"
     return unpacked("compressed-tensors==0.19.0", sha256) / "compressed_tensors" / "utils"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_processors():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
