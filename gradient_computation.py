@@ -25,8 +25,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
     parser = argparse.ArgumentParser(description="Accumulate per-weight gradient norms over calibration samples.")
     cli.add_common_flags(parser)
+    cli.add_memory_flags(parser)
     parser.add_argument(
-        "--scale", type=float, default=SCALE, help="factor on the gradients, baked into the stored norms (default: %(default)s)"
+        "--scale",
+        type=cli.positive_float,
+        default=SCALE,
+        help="factor on the gradients, baked into the stored norms (default: %(default)s)",
     )
     parser.add_argument(
         "--llama_version",
@@ -48,8 +52,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
-    if not args.scale > 0:
-        parser.error(f"--scale {args.scale} must be above 0")
     try:
         report.check_writable(args.output_dir)
     except OSError as error:
@@ -61,13 +63,14 @@ def main(args: argparse.Namespace) -> None:
     """Windows, model, gradients, folders."""
     device = cli.start(args)
     norms = tuple(sorted(set(args.norms)))
+    outline = loading.outline(args.model, cache_dir=args.cache_dir)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    cli.check_vocabulary(args, tokenizer, windows)
+    cli.check_vocabulary(args, outline, tokenizer, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
-    own = parallel.share(windows)
-    decoder, chosen = cli.load(args, device, sums_per_weight=4 * len(norms), graph=True)
+    own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
+    decoder, chosen = cli.load(args, device, outline, sums_per_weight=4 * len(norms), graph=True)
     group = chosen.group(len(own), len(decoder) + 2) if chosen.streamed else SAVED_EVERY
 
     provenance = {
@@ -102,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     phases = report.Phases(device)
     with phases("gradients"):
         walk = gradient_norms(
-            decoder, own, norms=norms, scale=args.scale, keep_graph=not chosen.streamed, group=group, work=work
+            decoder, own, norms=norms, scale=args.scale, keep_graph=not chosen.streamed, group=group, work=work, first=first
         )
         for i, sums in walk:
             fingerprint = decoder.fingerprint(i)

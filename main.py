@@ -12,7 +12,9 @@ import logging
 import os
 import tempfile
 
-from lib import checkpoint, cli, data, loading, parallel, report, selection
+import torch
+
+from lib import checkpoint, cli, data, loading, metrics, parallel, report, selection
 from lib.eval import perplexity, windows_of
 from lib.gradient_folder import GradientNorms
 from lib.masks import Sparsity
@@ -29,6 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description="Prune a causal language model in one shot; print its perplexity before and after."
     )
     cli.add_common_flags(parser)
+    cli.add_memory_flags(parser)
     parser.add_argument("--prune_method", required=True, choices=METHODS)
     parser.add_argument("--sparsity_ratio", type=float, help="share of weights to remove; implied by N:M")
     parser.add_argument(
@@ -42,8 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--alpha",
         type=float,
-        default=PAPER_ALPHA,
-        help="weight of the gradient term of gblm, as in the paper (default: %(default)s)",
+        help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)",
     )
     parser.add_argument("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     parser.add_argument(
@@ -75,6 +77,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prune_method {args.prune_method} needs --gradient_path, a folder that gradient_computation.py wrote")
     if args.gradient_inv and not method.gradients:
         parser.error(f"--gradient_inv changes the gradient term, which {args.prune_method} does not have: leave it out")
+    if args.alpha is not None and (method.score is not metrics.gblm or args.gradient_inv):
+        parser.error("--alpha is the weight of the gradient term that gblm adds: leave it out")
+    args.alpha = PAPER_ALPHA if args.alpha is None else args.alpha
     if args.use_variant and not method.variant:
         parser.error(
             f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
@@ -121,6 +126,11 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     }.items():
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
+    outline = loading.outline(args.model, cache_dir=args.cache_dir)
+    targets = selection.select(
+        outline, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
+    )
+    asked = selection.total_ratio(outline, targets)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
@@ -128,12 +138,8 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     if method.statistic:
         docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
         calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    cli.check_vocabulary(args, tokenizer, evaluation, calibration)
-    decoder, chosen = cli.load(args, device, hidden_states=args.nsamples if method.statistic else 0)
-    targets = selection.select(
-        decoder, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
-    )
-    asked = selection.total_ratio(decoder, targets)
+    cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
+    decoder, chosen = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
         sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
@@ -144,16 +150,8 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     if method.gradients:
         with phases("check gradients"):
             gradients = GradientNorms(args.gradient_path)
-            gradients.check(
-                len(decoder), lambda i: {n: m.weight.shape for n, m in decoder.linears(i).items()}, decoder.fingerprint
-            )
+            gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
     first = parallel.rank() == 0
-    store = None
-    if chosen.streamed or (args.save_model and first):
-        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if one is asked for.
-        folder = args.save_model if args.save_model and first else temporary.enter_context(tempfile.TemporaryDirectory())
-        originals = loading.original_tensors(args.model, decoder, args.cache_dir)
-        store = checkpoint.Store(folder, originals, len(decoder))
     group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
 
     measured = f"on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens"
@@ -170,8 +168,16 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
             "a trained model. Nothing was pruned; --force goes on all the same"
         )
 
-    def updated(i: int) -> list[str]:
-        return [f"{name}.weight" for name in targets.get(i, ())] if method.score is None else []
+    store = None
+    if chosen.streamed or (args.save_model and first):
+        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if one is asked for.
+        folder = args.save_model if args.save_model and first else temporary.enter_context(tempfile.TemporaryDirectory())
+        originals = loading.original_tensors(args.model, decoder, args.cache_dir)
+        store = checkpoint.Store(folder, originals, len(decoder))  # deletes what an earlier run left there
+
+    def finished(i: int, block: torch.nn.Module) -> None:
+        if store:
+            store.write_block(i, decoder.prefixes[i], block, targets.get(i, ()), updated=method.score is None)
 
     with phases("prune"):
         zeros = prune(
@@ -183,8 +189,8 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
             alpha=args.alpha / gradients.scale if gradients else 1.0,  # stored norms have their scale baked in
             use_variant=args.use_variant,
             gradient_inv=args.gradient_inv,
-            hidden_states=chosen.hidden_states if device.type == "cpu" or chosen.streamed else None,
-            finished=lambda i, block: store and store.write_block(i, decoder.prefixes[i], block, updated=updated(i)),
+            hidden_states=chosen.hidden_states,
+            finished=finished,
         )
     sparsity = share_of_zeros(zeros)
     if store:

@@ -18,10 +18,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 def open_checkpoint(name: str, cache_dir: str | None = None) -> Mapping[str, torch.Tensor] | None:
     """The tensors of a local or hub checkpoint, read from its mapped safetensors on access; None if it has none."""
     find = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
-    if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **find):
+    shards = [SAFE_WEIGHTS_NAME]  # where there are both, transformers ignores the index as well
+    if cached_file(name, SAFE_WEIGHTS_NAME, **find) is None and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **find)):
         shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    else:
-        shards = [SAFE_WEIGHTS_NAME]
     entries = {}
     for shard in shards:
         path = cached_file(name, shard, **find)
@@ -63,19 +62,22 @@ class Store:
         for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob("model*.safetensors*")]:
             stale.unlink(missing_ok=True)
 
-    def write_block(self, i: int, prefix: str, block: torch.nn.Module, updated: Container[str] = ()) -> None:
+    def write_block(self, i: int, prefix: str, block: torch.nn.Module, pruned: Container[str], updated: bool = False) -> None:
         """Write block `i`, whose tensors are called `prefix` + their name inside it.
 
-        `updated`: names inside the block of tensors whose surviving weights changed as well (SparseGPT): those are written with
-        the block's own values.
+        `pruned`: names inside the block of the linears that were pruned; nothing else differs from the source. `updated`: their
+        surviving weights changed as well (SparseGPT).
         """
         tensors = {}
         for name, value in block.state_dict().items():
             original = self.source[prefix + name]
-            if name in updated:
+            owner, _, kind = name.rpartition(".")
+            if kind != "weight" or owner not in pruned:
+                tensors[prefix + name] = original
+            elif updated:
                 tensors[prefix + name] = value.to("cpu", original.dtype)
             else:
-                tensors[prefix + name] = torch.where(value.cpu() == 0, torch.zeros((), dtype=original.dtype), original)
+                tensors[prefix + name] = original.masked_fill((value == 0).to(original.device), 0)
         self._write_shard(i + 1, tensors)
 
     def finish(self, names: list[str], config, tokenizer=None) -> None:

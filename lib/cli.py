@@ -6,7 +6,6 @@ import sys
 
 import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
 from lib import data, loading, memory, parallel
@@ -42,6 +41,14 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="to compute in; auto: the checkpoint's on a GPU, bfloat16 on a CPU with instructions for it, else float32",
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together"
+    )
+
+
+def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """What `memory.plan` needs to know."""
     parser.add_argument(
         "--memory",
         choices=["auto", "resident", "streamed"],
@@ -49,11 +56,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="streamed: one block at a time in memory, the others on disk; auto: resident if the model and its working set fit",
     )
     parser.add_argument(
-        "--activation_memory", type=float, metavar="GB", help="for kept hidden states (default: a quarter of the free memory)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together"
+        "--activation_memory",
+        type=positive_float,
+        metavar="GB",
+        help="for kept hidden states (default: a quarter of the free memory)",
     )
 
 
@@ -66,8 +72,6 @@ def add_selection_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if a shared flag cannot work."""
-    if args.activation_memory is not None and not args.activation_memory > 0:
-        parser.error(f"--activation_memory {args.activation_memory} must be above 0")
     try:
         loading.resolve_device(args.device)
         data.check_source(args.dataset, args.data_dir)
@@ -88,16 +92,15 @@ def start(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def load(args: argparse.Namespace, device: torch.device, **needs) -> tuple[Decoder, memory.Plan]:
+def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **needs) -> tuple[Decoder, memory.Plan]:
     """Load the model, in memory or streamed as `memory.plan` decides; `needs` is what that has to know of the command."""
     chosen = memory.plan(
-        args.model,
+        outline,
         memory=args.memory,
         dtype=args.dtype,
         device=device,
         seq_length=args.seq_length,
         activation_memory=args.activation_memory,
-        cache_dir=args.cache_dir,
         **needs,
     )
     decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
@@ -105,9 +108,9 @@ def load(args: argparse.Namespace, device: torch.device, **needs) -> tuple[Decod
     return decoder, chosen
 
 
-def check_vocabulary(args: argparse.Namespace, tokenizer, *windows: torch.Tensor | None) -> None:
+def check_vocabulary(args: argparse.Namespace, outline: Decoder, tokenizer, *windows: torch.Tensor | None) -> None:
     """Raise ValueError if the tokenizer has ids that the model has no embedding for; under --force, only if `windows` do."""
-    embeddings = AutoConfig.from_pretrained(args.model, cache_dir=args.cache_dir).get_text_config().vocab_size
+    embeddings = outline.model.get_input_embeddings().num_embeddings
     highest = max(int(tokens.max()) for tokens in windows if tokens is not None)
     if not args.force:
         highest = max(highest, *tokenizer.get_vocab().values())
@@ -141,3 +144,11 @@ def set_up_logging() -> None:
     if not sys.stderr.isatty():
         disable_model_progress_bars()
         disable_data_progress_bars()
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value

@@ -1,7 +1,5 @@
 """Perplexity of a model on a token stream."""
 
-import math
-
 import torch
 from tqdm import tqdm
 
@@ -34,15 +32,15 @@ def perplexity(
     not depend on it at all. Several processes share the windows.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
-    own = parallel.share(windows)
+    own, size = parallel.share(windows), max(batch, group // batch * batch)
     with tqdm(total=len(own), desc=progress, unit="window", disable=None) as bar:
-        for chunk in own.split(max(group, batch)):
-            parts = chunk.split(batch)
+        for start in range(0, len(own), size):  # not split(): a process may have no window at all
+            parts = own[start : start + size].split(batch)
             states = [decoder.enter(part) for part in parts]
             for i in range(len(decoder)):
                 with decoder.resident(i):
                     decoder.advance(i, states)
             for state, part in zip(states, parts, strict=True):
                 total += decoder.tail(state.hidden, part)[0] * len(part)
-            bar.update(len(chunk))
-    return math.exp(parallel.add_up(total).item() / len(windows))
+                bar.update(len(part))
+    return torch.exp(parallel.add_up(total) / len(windows)).item()

@@ -52,9 +52,15 @@ class GradientWriter:
         self.total = self.underflow = self.overflow = 0  # norms; of them those that became 0, or were cut, when stored
 
     def write_block(self, i: int, norms: dict[str, torch.Tensor], fingerprint: dict[str, torch.Tensor]) -> None:
-        """Write the norms {linear: (out, in)} of block `i` and remember the fingerprint of its weights."""
+        """Write the norms {linear: (out, in)} of block `i` and remember the fingerprint of its weights.
+
+        Raises:
+            ValueError: a norm that is NaN or infinite before it is stored.
+        """
         tensors = {}
         for name, norm in norms.items():
+            if not norm.amax().isfinite():
+                raise ValueError(f"{key_of(name, i)} holds NaN or infinity: use a smaller --scale, or --dtype float32")
             stored = norm.to(self.dtype).contiguous()
             self.total += norm.numel()
             self.underflow += norm.count_nonzero().item() - stored.count_nonzero().item()
@@ -71,8 +77,8 @@ class GradientWriter:
         """Write the index and give the folder its name, in place of an older one. `provenance` must hold the scale."""
         if self.underflow or self.overflow:
             logger.warning(
-                "of %d norms stored as float16, %d became 0 and %d were cut to 65504: --norm_dtype float32 keeps them",
-                self.total, self.underflow, self.overflow,
+                "of %d norms stored in %s, %d became 0 and %d were cut to its largest: --norm_dtype float32 keeps more of them",
+                self.total, self.dtype, self.underflow, self.overflow,
             )  # fmt: skip
         index = {
             **provenance,

@@ -41,12 +41,12 @@ class BlockSums:
                 else:
                     parts["l1"][k].add_(part.abs_(), alpha=factor)
 
-    def of_all_ranks(self, linears: dict[str, nn.Linear]) -> "BlockSums":
-        """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros."""
+    def of_all_ranks(self, linears: dict[str, nn.Linear], device: torch.device) -> "BlockSums":
+        """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros on `device`."""
         for totals in self.totals.values():
             for name, linear in linears.items():
                 if name not in totals:
-                    totals[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
+                    totals[name] = torch.zeros(linear.weight.shape, dtype=torch.float32, device=device)
                 if parallel.world() > 1:  # whose layouts may differ
                     totals[name] = parallel.add_up(totals[name].contiguous())
         return self

@@ -54,6 +54,7 @@ def gradient_norms(
     keep_graph: bool = True,
     group: int | None = None,
     work=None,
+    first: int = 0,
 ) -> Iterator[tuple[int, BlockSums]]:
     """Sum the gradients of every linear in every block over windows (n, T), one sample at a time.
 
@@ -66,6 +67,7 @@ def gradient_norms(
             together, and the sums of one block are in memory at a time.
         work: keeps the sums between groups, and says how many samples they cover already: `InMemory` (default) or
             `gradient_work.GradientWork`.
+        first: number of the first window in the whole run, where this process has a share of it; for messages only.
 
     Yields:
         (block index, its sums), last block first, each as soon as it is final; summed over all processes.
@@ -86,10 +88,10 @@ def gradient_norms(
         for chunk in windows[done:].split(group or len(windows)):
             last = done + len(chunk) == len(windows)
             for part in chunk.split(1 if keep_graph else len(chunk)):
-                for i, block_sums in walk.group(part, sums, done):
+                for i, block_sums in walk.group(part, sums, first + done):
                     bar.update(len(part))
                     if last and not keep_graph:
-                        yield i, block_sums.of_all_ranks(decoder.linears(i))
+                        yield i, block_sums.of_all_ranks(decoder.linears(i), decoder.device)
                     else:
                         sums[i] = block_sums
                 done += len(part)
@@ -99,8 +101,8 @@ def gradient_norms(
                 work.commit(done, walk.missing)
     if keep_graph:
         for i in reversed(range(len(decoder))):
-            yield i, sums.pop(i).of_all_ranks(decoder.linears(i))
-    work.missing = walk.report_missing(len(windows))
+            yield i, sums.pop(i).of_all_ranks(decoder.linears(i), decoder.device)
+    work.missing = walk.report_missing(len(windows))  # of all processes, now that this one's are no longer needed
 
 
 class _Walk:
@@ -182,6 +184,7 @@ class _Walk:
             if not self.scaled:
                 finite.append(sound)
                 break
+            sound, largest = torch.stack([sound.float(), grads[-1].abs().amax().float()]).tolist()
             if sound:
                 break
             lowered = self._lower(loss_scale, sample, f"block {i}")
@@ -192,7 +195,7 @@ class _Walk:
                 self.missing[key] = self.missing.get(key, 0) + 1
             else:
                 sums.add(name, grad, loss_scale)
-        if self.scaled and (largest := grads[-1].abs().amax().item()) > 0:
+        if self.scaled and largest > 0:
             step = 2.0 ** math.floor(math.log2(BORDER_MAGNITUDE / largest))
             return grads[-1] * step, loss_scale * step
         return grads[-1], loss_scale

@@ -52,11 +52,23 @@ def load(
     return decoder
 
 
-def skeleton(name: str, dtype: torch.dtype | None = None, cache_dir: str | None = None):
-    """The model with its parameters on the meta device: names and shapes, no memory."""
+def outline(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    source=None,
+    cache_dir: str | None = None,
+) -> Decoder:
+    """A model with its parameters on the meta device: names and shapes, from its config alone.
+
+    Raises:
+        ValueError: a model this project cannot prune (see `Decoder`).
+    """
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return Decoder(model, torch.device(device), source)
 
 
 def on_disk(
@@ -71,7 +83,7 @@ def on_disk(
     remedy = "save it once with transformers (model.save_pretrained), or, to prune it, use --memory resident"
     if source is None:
         raise ValueError(f"{name} has no safetensors files to read blocks from: {remedy}")
-    decoder = Decoder(skeleton(name, dtype, cache_dir), torch.device(device), source)
+    decoder = outline(name, dtype=dtype, device=device, source=source, cache_dir=cache_dir)
     if missing := [key for key in saved_names(decoder) if key not in source]:
         raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
     return decoder
@@ -123,10 +135,16 @@ def saved_names(decoder: Decoder) -> list[str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    """ "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: a GPU that is not there, or another kind of device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = torch.device(device)
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device} is neither a CPU nor a GPU of torch.cuda: use --device cpu")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
     return resolved

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from lib import parallel
-from lib.loading import resolve_dtype, skeleton
+from lib.loading import resolve_dtype
 from lib.model import Decoder
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def plan(
-    name: str,
+    decoder: Decoder,
     *,
     memory: str,
     dtype: str,
@@ -49,21 +49,17 @@ def plan(
     graph: bool = False,
     hidden_states: int = 0,
     activation_memory: float | None = None,
-    cache_dir: str | None = None,
 ) -> Plan:
     """Decide between memory and streaming; log which and why.
 
     Args:
+        decoder: `loading.outline` of the model.
         memory: "resident", "streamed", or "auto": resident if weights and working set fit in the free memory.
         sums_per_weight: bytes kept for each weight of a linear of all blocks when resident.
         graph: whether a sample's graph through all blocks is kept when resident.
         hidden_states: how many (T, H) hidden states a resident run keeps.
         activation_memory: GB for kept hidden states; None: a share of the free memory.
-
-    Raises:
-        ValueError: a model this project cannot prune (see `Decoder`), before any of it is loaded.
     """
-    decoder = Decoder(skeleton(name, cache_dir=cache_dir), torch.device("meta"))
     model, config = decoder.model, decoder.model.config
     width = resolve_dtype(dtype, config, device).itemsize
     in_blocks = sum(parameter.numel() for parameter in decoder.blocks.parameters())

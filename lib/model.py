@@ -69,6 +69,10 @@ class Decoder:
         """{path inside the block: linear} of block `i`."""
         return {name: module for name, module in self.blocks[i].named_modules() if isinstance(module, nn.Linear)}
 
+    def shapes(self, i: int) -> dict[str, torch.Size]:
+        """{linear: (out, in)} of block `i`."""
+        return {name: linear.weight.shape for name, linear in self.linears(i).items()}
+
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each linear of block `i`, evenly spaced, fp32 on the CPU: {linear: (FINGERPRINT_VALUES,)}."""
         values = {}
@@ -112,7 +116,7 @@ class Decoder:
                 calls.append((hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}))
                 if len(calls) == len(self.blocks):
                     raise _Recorded
-                return hidden
+                return calls[0][0]  # not `hidden`: a model that unpacks a tuple would hand on less of it from block to block
 
             return record
 
@@ -122,7 +126,7 @@ class Decoder:
             except _Recorded:
                 pass
         kwargs = [call for _, call in calls]
-        if not _equal(kwargs, self._kwargs):
+        if not _equal(kwargs, self._kwargs, {}):
             self._kwargs = kwargs
         return State(calls[0][0], self._kwargs)
 
@@ -227,16 +231,19 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
-def _equal(a, b) -> bool:
-    """Whether two nested arguments hold the same values."""
+def _equal(a, b, known: dict[tuple[int, int], bool]) -> bool:
+    """Whether two nested arguments hold the same values. `known`: of tensors compared before, which blocks share."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        pair = id(a), id(b)
+        if pair not in known:
+            known[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return known[pair]
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
     return a == b

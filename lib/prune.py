@@ -107,7 +107,15 @@ def prune(
 
 
 def mask_of(score: torch.Tensor, sparsity: Sparsity, group: str = "row", use_variant: bool = False) -> torch.Tensor:
-    """The mask (True = remove) a method's comparison group and a sparsity ask for, (out, in)."""
+    """The mask (True = remove) a method's comparison group and a sparsity ask for, (out, in).
+
+    Raises:
+        ValueError: a score that is NaN or infinite.
+    """
+    if not score.amax().isfinite():  # scores are not negative, and NaN is larger than all
+        raise ValueError(
+            "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
+        )
     if sparsity.m:
         return n_of_m(score, sparsity.n, sparsity.m)
     if sparsity.ratio == 0:

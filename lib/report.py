@@ -86,10 +86,9 @@ def _plot(path: Path, zeros: dict) -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name in next(iter(zeros.values())):
-        axes.plot(
-            list(zeros), [100 * zero / total for zero, total in (linears[name] for linears in zeros.values())], label=name
-        )
+    for name in dict.fromkeys(name for linears in zeros.values() for name in linears):  # blocks may differ in their linears
+        points = {i: 100 * zero / total for i, linears in zeros.items() if name in linears for zero, total in [linears[name]]}
+        axes.plot(list(points), list(points.values()), label=name)
     axes.set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)

@@ -33,8 +33,9 @@ def select(
             ratio, or one whose inputs the N:M pattern does not divide.
     """
     if not -1 <= layer < len(decoder):
-        raise ValueError(f"layer {layer} does not exist: the model has blocks 0 to {len(decoder) - 1}")
-    names = {(i, name): f"{decoder.prefixes[i]}{name}" for i in range(len(decoder)) for name in decoder.linears(i)}
+        raise ValueError(f"--layer_no {layer} does not exist: the model has blocks 0 to {len(decoder) - 1}")
+    linears = {(i, name): linear for i in range(len(decoder)) for name, linear in decoder.linears(i).items()}
+    names = {(i, name): f"{decoder.prefixes[i]}{name}" for i, name in linears}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             _matching(pattern, names, flag)
@@ -63,7 +64,7 @@ def select(
         target = own.get((i, name), sparsity)
         if target is None:
             raise ValueError(f"{full} has no ratio: add --sparsity_ratio, for what --layer_ratios does not name")
-        target.check_width(full, decoder.linears(i)[name].in_features)
+        target.check_width(full, linears[i, name].in_features)
         if target.ratio:
             targets.setdefault(i, {})[name] = target
     return targets

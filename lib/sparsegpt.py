@@ -69,7 +69,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
             error = torch.where(removed, w_block[:, j] / inv_block[j, j], 0)
             # Row j of the factor spreads the error over the block's later columns; its first entry zeroes column j.
             w_block[:, j:] -= torch.outer(error, inv_block[j, j:])
-            w_block[removed, j] = 0  # exactly, not to rounding
+            w_block[:, j].masked_fill_(removed, 0)  # exactly, not to rounding
             errors[:, j] = error
         w[:, columns.stop :] -= errors @ inverse[columns, columns.stop :]
     return w.to(weight.dtype)

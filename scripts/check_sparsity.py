@@ -2,7 +2,7 @@
 
     python scripts/check_sparsity.py out/model --pattern 2:4 --against meta-llama/Llama-2-7b-hf
 
-Exits with 1 if the pattern or the comparison does not hold, and says where. Weights are read from the mapped files, a piece
+Exits with 1 if the pattern or the comparison does not hold, and says where; with 2 if it cannot be checked. Weights are read from the mapped files, a piece
 at a time, so any size of model can be checked. SparseGPT updates the weights it keeps: its checkpoints never hold --against.
 """
 
@@ -36,16 +36,20 @@ def count_zeros(weight: torch.Tensor) -> int:
     return weight.numel() - sum(torch.count_nonzero(rows).item() for _, rows in pieces(weight))
 
 
+def true_ones(mask: torch.Tensor) -> tuple[int, int, int]:
+    """How many entries of a matrix are True, and row and column of the first."""
+    return torch.count_nonzero(mask).item(), *divmod(mask.flatten().view(torch.uint8).argmax().item(), mask.shape[1])
+
+
 def violations(weight: torch.Tensor, n: int, m: int) -> str:
     """What breaks N:M in a matrix: groups of `m` inputs with fewer than `n` zeros. Empty if nothing does."""
     count, first = 0, ""
     for start, rows in pieces(weight):
         zeros = (rows == 0).view(len(rows), -1, m).sum(dim=-1)
-        broken = (zeros < n).nonzero()
-        if len(broken) and not first:
-            row, group = broken[0].tolist()
+        found, row, group = true_ones(zeros < n)
+        if found and not count:
             first = f"row {start + row}, inputs {group * m} to {group * m + m - 1}: {zeros[row, group].item()} zeros"
-        count += len(broken)
+        count += found
     return f"{count} groups of {m} with fewer than {n} zeros, the first in {first}" if count else ""
 
 
@@ -58,20 +62,22 @@ def changes(tensor: torch.Tensor, dense: torch.Tensor, may_be_zero: bool) -> str
         differs = rows.contiguous().view(bits) != expected.contiguous().view(bits)
         if may_be_zero:
             differs &= rows != 0
-        found = differs.nonzero()
-        if len(found) and not first:
-            row, column = found[0].tolist()
+        found, row, column = true_ones(differs)
+        if found and not count:
             first = f"row {start + row}, column {column}: {rows[row, column].item()}, dense {expected[row, column].item()}"
-        count += len(found)
+        count += found
     return f"{count} of {tensor.numel()} values are not the dense model's, the first in {first}" if count else ""
 
 
 def report(decoder: Decoder, pattern: Sparsity | None, targets: Targets) -> list[str]:
     """Print the sparsity of every linear of a checkpoint; returns what breaks the pattern in the linears of `targets`."""
     broken, zeros, total = [], 0, 0
-    print("block", *decoder.linears(0))
+    header: list[str] = []
     for i in range(len(decoder)):
         shares = []
+        if list(decoder.linears(i)) != header:  # once, unless blocks differ in their linears
+            header = list(decoder.linears(i))
+            print("block", *header)
         for name in decoder.linears(i):
             full = f"{decoder.prefixes[i]}{name}"
             weight = decoder.source[f"{full}.weight"]
@@ -113,9 +119,12 @@ def main(argv: list[str] | None = None) -> bool:
             parser.error(f"--pattern: {error}")
     elif args.include or args.exclude:
         parser.error("--include and --exclude choose what --pattern is checked on: add it")
-    decoder = loading.on_disk(args.checkpoint, cache_dir=args.cache_dir)
-    dense = loading.on_disk(args.against, cache_dir=args.cache_dir) if args.against else None
-    targets = select(decoder, pattern, include=args.include, exclude=args.exclude) if pattern else {}
+    try:
+        decoder = loading.on_disk(args.checkpoint, cache_dir=args.cache_dir)
+        dense = loading.on_disk(args.against, cache_dir=args.cache_dir) if args.against else None
+        targets = select(decoder, pattern, include=args.include, exclude=args.exclude) if pattern else {}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
     failed = False
     broken = report(decoder, pattern, targets)

@@ -34,6 +34,10 @@ def plain_norms_of(decoder, windows: torch.Tensor) -> dict[int, dict[str, torch.
     return {i: {name: l2[i, name] for name in decoder.linears(i)} for i in range(len(decoder))}
 
 
+def linears_of(decoder) -> list[torch.nn.Linear]:
+    return [linear for i in range(len(decoder)) for linear in decoder.linears(i).values()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
@@ -48,7 +52,10 @@ def main() -> None:
         decoder = loading.load(args.model, dtype="float32")
         alpha = PAPER_ALPHA / SCALE
         prune(decoder, windows, method=method, sparsity=Sparsity(RATIO), gradients=norms.get, alpha=alpha)
-        return [linear.weight == 0 for i in range(len(decoder)) for linear in decoder.linears(i).values()]
+        return [linear.weight == 0 for linear in linears_of(decoder)]
+
+    # A weight that is zero in the dense model is in no mask's power: it does not count.
+    dense = [linear.weight != 0 for linear in linears_of(loading.load(args.model, dtype="float32"))]
 
     exact = norms_of(loading.load(args.model, dtype="float32"), windows)
     expected = {method: pruned(exact, method) for method in ("gradient", "gblm")}
@@ -60,10 +67,10 @@ def main() -> None:
             for name, norm in block.items():
                 zeros += ((norm == 0) & (exact[i][name] > 0)).sum().item()
                 total += norm.numel()
-        line = f"{label}: {100 * zeros / total:.2f} % of the gradients became exactly 0"
+        line = f"{label}: {100 * zeros / total:.2f} % of the norms became exactly 0"
         for method, masks in expected.items():
-            same = sum((a == b).sum().item() for a, b in zip(pruned(norms, method), masks, strict=True))
-            line += f", {100 * same / total:.3f} % of the mask bits of {method} agree"
+            same = sum(((a == b) & d).sum().item() for a, b, d in zip(pruned(norms, method), masks, dense, strict=True))
+            line += f", {100 * same / sum(d.sum().item() for d in dense):.2f} % of the mask bits of {method} agree"
         print(line, flush=True)
 
 

@@ -2,8 +2,8 @@
 
     python scripts/table.py --model M --gradient_path G --nsamples 32 --pack --data_dir D
 
-The model is loaded anew for every row, the dense perplexity measured once. Rows are appended to --output as they are done,
-so a run that was stopped goes on where it was.
+The model is loaded anew for every row, the dense perplexity measured once. Rows, each with the settings it was made with, are
+appended to --output as they are done, so a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -34,14 +34,16 @@ def main() -> None:
     cli.check_common_flags(parser, args)
     if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
-    cli.set_up_logging()
+    device = cli.start(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
+    outline = loading.outline(args.model, cache_dir=args.cache_dir)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
+    cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     rows = [("dense", "", None)] if "dense" in args.methods else []
     for pattern in args.patterns:
@@ -50,11 +52,17 @@ def main() -> None:
                 rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
 
+    checked = False
+    common = {name: value for name, value in vars(args).items() if name not in ("methods", "patterns", "alphas", "output")}
     for method, pattern, alpha in rows:
-        row = {"method": method, "pattern": pattern, "alpha": alpha, "seed": args.seed}
+        row = {"method": method, "pattern": pattern, "alpha": alpha, "settings": common}
         if any(row.items() <= earlier.items() for earlier in done):
+            print(f"{method} {pattern} is in {args.output} already")
             continue
-        decoder = loading.load(args.model, dtype=args.dtype, device=args.device, cache_dir=args.cache_dir)
+        decoder = loading.load(args.model, dtype=args.dtype, device=device, cache_dir=args.cache_dir)
+        if gradients and not checked:
+            gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
+            checked = True
         phases = report.Phases(decoder.device)
         if method != "dense":
             sparsity = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None)

@@ -42,7 +42,7 @@ def prune_to(folder, source, decoder, pattern: str) -> None:
     store = checkpoint.Store(folder, loading.original_tensors(str(source), decoder), len(decoder))
     prune(
         decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None),
-        finished=lambda i, block: store.write_block(i, decoder.prefixes[i], block),
+        finished=lambda i, block: store.write_block(i, decoder.prefixes[i], block, decoder.linears(i)),
     )  # fmt: skip
     store.finish(loading.saved_names(decoder), loading.saved_config(str(source), torch.float16))
 
@@ -116,6 +116,20 @@ def test_other_shapes_and_dtypes_are_changes(check, pruned, tmp_path):
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "wide")
     status, printed = check(pruned, "--against", tmp_path / "wide")
     assert status == 1 and "in torch.float16, the dense model's is" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--pattern 2:5", "not divisible by 5"),
+        ("--pattern 2:4 --include none", "matches none"),
+        ("--against nowhere/at/all", "nowhere"),
+    ],
+)
+def test_what_cannot_be_checked_has_a_status_of_its_own(pruned, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check_sparsity.main([str(pruned), *arguments.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [("--pattern unstructured", "--pattern"), ("--include *", "add it")])

@@ -212,11 +212,12 @@ def test_a_hopeless_dense_perplexity_stops_the_run(flags, saved_model, text, tmp
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(saved_model).save_pretrained(tmp_path)
     command = [*flags, "--model", tmp_path, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
+    model.save_pretrained(tmp_path / "pruned")  # an earlier result
     with pytest.raises(ValueError, match=r"dense perplexity is .* beyond 1000: .* of 96 tokens may not be .*--force"):
         run("main.py", *command, "--save_model", tmp_path / "pruned")
     printed = capsys.readouterr().out
     assert "dense perplexity" in printed and "pruned" not in printed
-    assert not list((tmp_path / "pruned").glob("*.safetensors"))
+    assert list((tmp_path / "pruned").glob("*.safetensors"))
     assert "pruned perplexity" in run("main.py", *command, "--force")
 
 
@@ -279,6 +280,10 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--prune_method gblm --sparsity_ratio 0.5", "needs --gradient_path"),
         ("--prune_method gblm --sparsity_ratio 0.5 --gradient_path nowhere", "nowhere does not exist"),
         ("--prune_method wanda --sparsity_ratio 0.5 --gradient_inv", "--gradient_inv"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --alpha 10", "--alpha"),
+        ("--prune_method gblm --sparsity_ratio 0.5 --gradient_path . --gradient_inv --alpha 10", "--alpha"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --device meta", "--device cpu"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --activation_memory 0", "not above 0"),
         ("--prune_method magnitude --sparsity_ratio 0.5 --use_variant", "for wanda, gblm, not magnitude"),
         ("--prune_method wanda --sparsity_type 2:4 --use_variant", "choose one"),
         ("--prune_method wanda --sparsity_ratio 0.5 --dataset nothing.txt", "nothing.txt does not exist"),
@@ -305,7 +310,7 @@ def test_wrong_flags_are_parser_errors(arguments, message, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [("--scale 0", "above 0"), ("--norms l3", "invalid choice"), ("--output_dir /proc/nowhere", "cannot be written")],
+    [("--scale 0", "not above 0"), ("--norms l3", "invalid choice"), ("--output_dir /proc/nowhere", "cannot be written")],
 )
 def test_wrong_gradient_flags_are_parser_errors(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -9,17 +9,13 @@ from conftest import tiny_decoder
 from lib.gradient_folder import GradientNorms, GradientWriter, folder_of, key_of
 
 
-def shapes_of(decoder):
-    return lambda i: {name: linear.weight.shape for name, linear in decoder.linears(i).items()}
-
-
 def norms_of(decoder, i):
     generator = torch.Generator().manual_seed(i)
-    return {name: torch.rand(shape, generator=generator) for name, shape in shapes_of(decoder)(i).items()}
+    return {name: torch.rand(shape, generator=generator) for name, shape in decoder.shapes(i).items()}
 
 
 def check(path, decoder):
-    GradientNorms(path).check(len(decoder), shapes_of(decoder), decoder.fingerprint)
+    GradientNorms(path).check(len(decoder), decoder.shapes, decoder.fingerprint)
 
 
 @pytest.fixture
@@ -131,6 +127,15 @@ def test_something_else_is_refused(tmp_path):
     (tmp_path / "g.pth").write_text("not a tensor in sight")
     with pytest.raises(ValueError, match="neither a gradient folder nor"):
         GradientNorms(tmp_path / "g.pth")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_not_finite_is_not_stored(tmp_path, decoder, value, dtype):
+    norms = norms_of(decoder, 1)
+    norms["mlp.up_proj"][3, 4] = value
+    with pytest.raises(ValueError, match=r"mlp\.up_proj_layer_1 holds NaN or infinity.*--scale"):
+        GradientWriter(tmp_path / "g", dtype).write_block(1, norms, decoder.fingerprint(1))
 
 
 def test_what_float16_cannot_hold_is_counted(tmp_path, decoder):

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, random_windows, tiny_decoder, tiny_model
 from torch import nn
 
-from lib import gradient_sums, gradients
+from lib import gradient_sums, gradients, loading
 from lib.gradient_sums import BlockSums
 from lib.gradients import gradient_norms
 
@@ -110,6 +110,25 @@ def test_float16_overflow_lowers_the_scale(monkeypatch):
     monkeypatch.setattr(gradients, "BORDER_MAGNITUDE", 2.0**15)  # overflows inside the blocks
     half = ours(tiny_decoder("llama", torch.float16), random_windows(2))
     assert largest_difference(half, exact) < 0.02
+
+
+def test_a_linear_without_gradients_is_named_when_streamed(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    decoder = loading.load(str(tmp_path), dtype="float32", device="cpu", streamed=True)
+    decoder.blocks[1].mlp.forward = lambda hidden: hidden
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj got no gradient from any of the 2 samples"):
+        ours(decoder, random_windows(2), keep_graph=False)
+
+
+def test_samples_are_numbered_over_all_processes():
+    decoder, windows = tiny_decoder("llama"), random_windows(3)
+    windows[:, :] = 5
+    windows[2] = 7
+    with torch.no_grad():
+        decoder.model.model.embed_tokens.weight[7] = torch.inf
+    with pytest.raises(ValueError, match="sample 12 has a loss of nan"):
+        list(gradient_norms(decoder, windows, first=10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

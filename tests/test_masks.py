@@ -79,11 +79,6 @@ def test_variant_bisects_one_share_of_every_rows_total(ratio):
     assert len(set(mask.sum(1).tolist())) > 1  # rows differ, unlike per_row
 
 
-def test_nan_is_an_error():
-    with pytest.raises(ValueError, match="NaN"):
-        masks.per_row(torch.full((2, 4), torch.nan), 0.5)
-
-
 def test_patterns():
     assert Sparsity.parse("2:4") == Sparsity(0.5, 2, 4)
     assert Sparsity.parse("1:4", 0.25) == Sparsity(0.25, 1, 4)

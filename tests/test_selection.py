@@ -57,7 +57,7 @@ def test_the_total_counts_what_stays_dense(decoder):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"layer": 3}, "layer 3 does not exist: the model has blocks 0 to 2"),
+        ({"layer": 3}, "--layer_no 3 does not exist: the model has blocks 0 to 2"),
         ({"include": ["*.fc1"]}, r"--include '\*\.fc1' matches none of the 21 linears.*model\.layers\.0\.self_attn\.q_proj"),
         ({"exclude": ["o_proj"]}, "--exclude 'o_proj' matches none"),
         ({"exclude": ["*"]}, "nothing is selected"),

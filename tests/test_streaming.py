@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lib.eval import perplexity
 from lib.gradients import gradient_norms
 from lib.masks import Sparsity
 from lib.prune import METHODS, prune
+from lib.selection import select
 
 FAMILIES = ["llama", "llama-gqa-tied", "qwen2", "gemma2", "phi3", "opt"]
 
@@ -70,7 +72,7 @@ def test_pruned_checkpoints_are_bitwise_equal(saved, family, method, tmp_path):
             decoder, windows, method=method, sparsity=Sparsity.parse("2:4"), gradients=gradients,
             hidden_states=None if name == "resident" else 2,
             finished=lambda i, block, s=store, d=decoder: s.write_block(
-                i, d.prefixes[i], block, updated=[f"{name}.weight" for name in d.linears(i)] if method == "sparsegpt" else ()
+                i, d.prefixes[i], block, d.linears(i), updated=method == "sparsegpt"
             ),
         )  # fmt: skip
         store.finish(loading.saved_names(decoder), loading.saved_config(str(saved / family), torch.float32))
@@ -81,6 +83,37 @@ def test_pruned_checkpoints_are_bitwise_equal(saved, family, method, tmp_path):
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("resident", "streamed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any("proj" in name or "fc" in name for name in weights[0] if (weights[0][name] == 0).float().mean() == 0.5)
+
+
+def test_only_pruned_linears_are_written_anew(saved, tmp_path):
+    """Biases that float16 cannot hold, and -0.0, are the dense checkpoint's even if the run was in float16."""
+    shutil.copytree(saved / "qwen2", tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.bias[:2] = torch.tensor([1e-9, -0.0])
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e-9  # not pruned: excluded
+    model.save_pretrained(tmp_path / "dense")
+    decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device="cpu")
+    targets = select(decoder, Sparsity.parse("2:4"), exclude=["*.up_proj"])
+    store = checkpoint.Store(tmp_path / "pruned", loading.original_tensors(str(tmp_path / "dense"), decoder), 3)
+    prune(
+        decoder, None, method="magnitude", sparsity=targets,
+        finished=lambda i, block: store.write_block(i, decoder.prefixes[i], block, targets[i]),
+    )  # fmt: skip
+    store.finish(loading.saved_names(decoder), loading.saved_config(str(tmp_path / "dense"), torch.float32))
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "pruned"))
+    for name, weight in pruned.items():
+        if name.endswith("proj.weight") and "up_proj" not in name:
+            assert ((weight == 0).view(-1, 4).sum(1) == 2).all()
+        else:
+            assert torch.equal(weight.view(torch.int32), dense[name].view(torch.int32)), name
+
+
+def test_a_stale_index_beside_a_whole_file_is_ignored(saved, tmp_path):
+    """As transformers does."""
+    shutil.copy(saved / "llama" / "model.safetensors.index.json", tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert "model.layers.2.mlp.up_proj.weight" in checkpoint.open_checkpoint(str(tmp_path))
 
 
 def test_many_hidden_states_go_to_a_file(saved):
@@ -115,10 +148,10 @@ def test_auto_streams_what_does_not_fit_and_says_so(saved, monkeypatch, caplog, 
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     caplog.set_level(logging.INFO)
     options = {"dtype": "float32", "device": torch.device("cpu"), "seq_length": 16, "sums_per_weight": 8}
-    assert memory.plan(str(saved / "llama"), memory="auto", **options).streamed is expected
+    assert memory.plan(loading.outline(str(saved / "llama")), memory="auto", **options).streamed is expected
     assert ("streamed" if expected else "resident") in caplog.text and "GB are free" in caplog.text
-    assert memory.plan(str(saved / "llama"), memory="resident", **options).streamed is False
-    assert memory.plan(str(saved / "llama"), memory="streamed", **options).streamed is True
+    assert memory.plan(loading.outline(str(saved / "llama")), memory="resident", **options).streamed is False
+    assert memory.plan(loading.outline(str(saved / "llama")), memory="streamed", **options).streamed is True
 
 
 def test_groups_are_few_and_equal():
