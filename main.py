@@ -7,7 +7,6 @@ The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt 
 """
 
 import argparse
-import contextlib
 import logging
 import os
 import tempfile
@@ -109,14 +108,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_text(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Calibration windows (n, T), None for a method that does not look at activations, and evaluation windows (m, T)."""
+    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
+    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
+    if METHODS[args.prune_method].statistic is None:
+        return None, evaluation
+    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
+    return data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack), evaluation
+
+
+def refuse_hopeless(dense: float, args: argparse.Namespace, tokenizer, measured: str) -> None:
+    """Raise ValueError if the dense perplexity says that nothing measured from here on would mean anything."""
+    if not dense <= HOPELESS and not args.force:  # not <=: NaN is hopeless as well
+        raise ValueError(
+            f"the dense perplexity is {dense:.4g} {measured}, beyond {HOPELESS:.0f}: {type(tokenizer).__name__} of "
+            f"{len(tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or {args.model} not "
+            "a trained model. Nothing was pruned; --force goes on all the same"
+        )
+
+
 def main(args: argparse.Namespace) -> None:
     """Text, model, gradients; dense perplexity; prune; pruned perplexity; results."""
-    with contextlib.ExitStack() as temporary:
-        run(args, temporary)
-
-
-def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
-    """The work of `main`; temporary folders go to `temporary`."""
     device = cli.start(args)
     method = METHODS[args.prune_method]
     for flag, ignored in {
@@ -132,12 +145,7 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
     )
     asked = selection.total_ratio(outline, targets)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
-    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
-    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
-    calibration = None
-    if method.statistic:
-        docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-        calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    calibration, evaluation = read_text(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
     decoder, chosen = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
     logger.info(
@@ -161,17 +169,14 @@ def run(args: argparse.Namespace, temporary: contextlib.ExitStack) -> None:
         dense = perplexity(decoder, evaluation, batch=args.batch_size, group=group, progress="dense perplexity")
     if first:
         print(f"dense perplexity {dense:.4f} {measured}", flush=True)
-    if not dense <= HOPELESS and not args.force:  # not <=: NaN is hopeless as well
-        raise ValueError(
-            f"the dense perplexity is {dense:.4g} {measured}, beyond {HOPELESS:.0f}: {type(tokenizer).__name__} of "
-            f"{len(tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or {args.model} not "
-            "a trained model. Nothing was pruned; --force goes on all the same"
-        )
+    refuse_hopeless(dense, args, tokenizer, measured)
 
-    store = None
+    store = scratch = None
     if chosen.streamed or (args.save_model and first):
         # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if one is asked for.
-        folder = args.save_model if args.save_model and first else temporary.enter_context(tempfile.TemporaryDirectory())
+        if not (args.save_model and first):
+            scratch = tempfile.TemporaryDirectory()  # is deleted when this function ends, or fails
+        folder = scratch.name if scratch else args.save_model
         originals = loading.original_tensors(args.model, decoder, args.cache_dir)
         store = checkpoint.Store(folder, originals, len(decoder))  # deletes what an earlier run left there
 
