@@ -159,6 +159,10 @@ def main(args: argparse.Namespace) -> None:
         with phases("check gradients"):
             gradients = GradientNorms(args.gradient_path)
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
+        for flag in ("nsamples", "seq_length", "seed", "dataset", "pack") if method.statistic else ():
+            there, here = gradients.index.get(flag), getattr(args, flag)
+            if there not in (None, here):
+                logger.warning("the gradients were computed with --%s %s, the activations will be with %s", flag, there, here)
     first = parallel.rank() == 0
     group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
 

@@ -102,6 +102,7 @@ class GradientNorms:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.index: dict = {}
         self.files: dict[str, dict] = {}
         self.fingerprint: dict[str, list[float]] = {}
         self.scale = SCALE

@@ -246,6 +246,15 @@ def test_selection_by_name_and_by_ratio(flags, text, tmp_path, saved_model):
     assert results["layer_ratios"] == {"0": 0.25, "*.down_proj": 0.75}
 
 
+def test_gradients_of_other_samples_are_pointed_out(flags, gradients, text, caplog):
+    command = [*flags, "--sparsity_ratio", 0.5, "--eval_dataset", text, "--gradient_path", gradients, "--nsamples", 3]
+    run("main.py", *command, "--prune_method", "gradient")  # looks at no activations
+    assert "the gradients were computed" not in caplog.text
+    run("main.py", *command, "--prune_method", "gblm")
+    assert "the gradients were computed with --nsamples 4, the activations will be with 3" in caplog.text
+    assert "--seed" not in caplog.text
+
+
 def test_norms_are_stored_in_float32_on_request(flags, tmp_path):
     printed = run("gradient_computation.py", *flags, "--norms", "l2", "--norm_dtype", "float32", "--output_dir", tmp_path)
     folder = tmp_path / "llama2" / "gradients_aggregrate_norm_l2_model_tiny-llama"
