@@ -110,7 +110,7 @@ def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **nee
 
 def check_vocabulary(args: argparse.Namespace, outline: Decoder, tokenizer, *windows: torch.Tensor | None) -> None:
     """Raise ValueError if the tokenizer has ids that the model has no embedding for; under --force, only if `windows` do."""
-    embeddings = outline.model.get_input_embeddings().num_embeddings
+    embeddings = outline.model.get_input_embeddings().weight.shape[0]
     highest = max(int(tokens.max()) for tokens in windows if tokens is not None)
     if not args.force:
         highest = max(highest, *tokenizer.get_vocab().values())
