@@ -134,4 +134,4 @@ def checksum(content: torch.Tensor | model.Decoder) -> str:
 
 
 if __name__ == "__main__":
-    main(parse())
+    cli.run(parse, main)

@@ -100,6 +100,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
+    if args.save_model and (foreign := checkpoint.foreign_weights(args.save_model)):
+        parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     for flag in ("save", "save_model"):
         try:
             report.check_writable(getattr(args, flag))
@@ -162,7 +164,10 @@ def main(args: argparse.Namespace) -> None:
         for flag in ("nsamples", "seq_length", "seed", "dataset", "pack") if method.statistic else ():
             there, here = gradients.index.get(flag), getattr(args, flag)
             if there not in (None, here):
-                logger.warning("the gradients were computed with --%s %s, the activations will be with %s", flag, there, here)
+                logger.warning(
+                    "the gradients were computed with --%s %s, the activations will be with %s: run gradient_computation.py "
+                    "with the same flags to have both from the same samples", flag, there, here,
+                )  # fmt: skip
     first = parallel.rank() == 0
     group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
 
@@ -239,4 +244,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse())
+    cli.run(parse, main)

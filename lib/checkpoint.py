@@ -14,6 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+SHARDS = "model*.safetensors"
+METADATA = {"format": "pt", "pruned_by": "GBLM-Pruner"}  # in the files' headers, which loaders do not look at
+
 
 def open_checkpoint(name: str, cache_dir: str | None = None) -> Mapping[str, torch.Tensor] | None:
     """The tensors of a local or hub checkpoint, read from its mapped safetensors on access; None if it has none."""
@@ -30,6 +33,15 @@ def open_checkpoint(name: str, cache_dir: str | None = None) -> Mapping[str, tor
     return OffloadedWeightsLoader(index=entries)
 
 
+def foreign_weights(folder: str | os.PathLike) -> Path | None:
+    """A file of weights in `folder` that a `Store` would delete and none has written; None if there is none."""
+    for path in sorted(Path(folder).glob(SHARDS)):
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("pruned_by") != METADATA["pruned_by"]:
+                return path
+    return None
+
+
 def _entries(path: str | os.PathLike) -> dict[str, dict]:
     with safe_open(path, framework="pt") as file:
         return {key: {"safetensors_file": str(path), "weight_name": key} for key in file.keys()}  # noqa: SIM118 (a safe_open is not iterable)
@@ -39,6 +51,9 @@ def replace_file(path: Path, write) -> None:
     """Have `write(temporary path)` make a file, then give it its name: a half-written file is never taken for a whole one."""
     temporary = path.with_name(path.name + ".partial")
     write(temporary)
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)  # safetensors makes a file that only its owner can read
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -59,7 +74,7 @@ class Store:
         self.total_size = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         # The index goes first and comes back last: without it the folder is no checkpoint.
-        for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob("model*.safetensors*")]:
+        for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob(SHARDS)]:
             stale.unlink(missing_ok=True)
 
     def write_block(self, i: int, prefix: str, block: torch.nn.Module, pruned: Container[str], updated: bool = False) -> None:
@@ -100,6 +115,6 @@ class Store:
     def _write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         shard = f"model-{number + 1:05d}-of-{self.nshards:05d}.safetensors"
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        replace_file(self.folder / shard, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+        replace_file(self.folder / shard, lambda path: save_file(contiguous, path, metadata=METADATA))
         self.weight_map |= dict.fromkeys(contiguous, shard)
         self.total_size += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())

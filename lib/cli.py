@@ -3,6 +3,9 @@
 import argparse
 import logging
 import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
@@ -12,6 +15,8 @@ from lib import data, loading, memory, parallel
 from lib.model import Decoder
 
 logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +78,10 @@ def add_selection_flags(parser: argparse.ArgumentParser) -> None:
 def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if a shared flag cannot work."""
     try:
+        loading.check_name(args.model)
         loading.resolve_device(args.device)
         data.check_source(args.dataset, args.data_dir)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 
 
@@ -130,11 +136,23 @@ def positive(text: str) -> int:
     return value
 
 
+def run(parse: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """Run a command. What this project refuses ends in one line; an error from elsewhere keeps its traceback."""
+    args = parse()
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
 def set_up_logging() -> None:
     """Log lines to standard error, so that standard output is the result; of several processes only the first one's."""
     logging.basicConfig(
         level=logging.INFO if parallel.rank() == 0 else logging.ERROR,
-        format="%(asctime)s %(message)s",
+        format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )

@@ -51,12 +51,18 @@ def documents(source: str, data_dir: str | None = None, purpose: str = "calibrat
     `purpose` is "calibration" or "evaluation" and picks the split of the hub's corpora (module docstring).
 
     Raises:
-        FileNotFoundError: no such file. ValueError: unknown source, or a file without a `text` column.
+        FileNotFoundError: no such file. ConnectionError: the hub is out of reach. ValueError: unknown source, or a file
+            without a `text` column.
     """
     check_source(source, data_dir, purpose)
     if source in HUB and data_dir is None:
         repository, split, file = HUB[source][purpose]
-        dataset = load_dataset(repository, data_files={split: file}, split=split, cache_dir=cache_dir)
+        try:
+            dataset = load_dataset(repository, data_files={split: file}, split=split, cache_dir=cache_dir)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{source} cannot be fetched from the hub ({repository}): give a file instead, or --data_dir (install.md, Offline)"
+            ) from error
     else:
         path = _local_copy(source, data_dir, purpose) if source in HUB else Path(source)
         suffixes = [suffix for suffix in path.suffixes if suffix in BUILDERS]

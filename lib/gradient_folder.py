@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib.checkpoint import replace_file
 from lib.gradients import SCALE
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class GradientWriter:
             tensors[key_of(name, i)] = stored.cpu()
             self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
         file = self.partial / f"block_{i:03d}.safetensors"
-        save_file(tensors, file)
+        replace_file(file, lambda path: save_file(tensors, path))
         self.files[file.name] = {"sha256": _checksum(file), "tensors": {key: list(t.shape) for key, t in tensors.items()}}
 
     def finish(self, provenance: dict) -> None:
@@ -111,7 +112,9 @@ class GradientNorms:
             raise FileNotFoundError(f"gradient path {path} does not exist: {REMEDY}")
         if self.path.is_dir():
             if not (self.path / INDEX).is_file():
-                raise FileNotFoundError(f"{path} has no {INDEX}, so it is not a finished result: {REMEDY}")
+                inside = [str(index.parent) for index in sorted(self.path.glob(f"**/{INDEX}"))]
+                remedy = f"did you mean {' or '.join(inside)}?" if inside else REMEDY
+                raise FileNotFoundError(f"{path} has no {INDEX}, so it is not a finished result: {remedy}")
             self.index = json.loads((self.path / INDEX).read_text())
             self.scale = self.index["scale"]
             self.files = self.index["files"]
@@ -120,7 +123,7 @@ class GradientNorms:
             try:
                 self.published = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch raises half a dozen types here
-                raise ValueError(f"{path} is neither a gradient folder nor a published .pth file ({error})") from error
+                raise ValueError(f"{path} is neither a gradient folder nor a published .pth file: {REMEDY}") from error
             if not isinstance(self.published, dict):
                 raise ValueError(f"{path} holds a {type(self.published).__name__}, not the published dict of tensors: {REMEDY}")
 

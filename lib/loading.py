@@ -52,6 +52,12 @@ def load(
     return decoder
 
 
+def check_name(name: str) -> None:
+    """Raise FileNotFoundError if `name` can only be a folder, not a name on the hub (OWNER/NAME), and is none."""
+    if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name} is not a folder, and cannot be a model on the hub: those are called OWNER/NAME")
+
+
 def outline(
     name: str,
     *,
@@ -142,7 +148,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device} is none of auto, cpu, cuda and cuda:N") from error
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device {device} is neither a CPU nor a GPU of torch.cuda: use --device cpu")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():

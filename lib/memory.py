@@ -70,7 +70,7 @@ def plan(
     needed += len(decoder) * GRAPH_WIDTH * state * graph + min(hidden_states * state, budget)
     streamed = memory == "streamed" or (memory == "auto" and needed > RESERVE * free)
     logger.info(
-        "%s (--memory %s): a resident run needs about %.1f GB, %.1f GB are free on %s",
+        "%s (--memory %s): a resident run needs about %.1f GB besides the process itself, %.1f GB are free on %s",
         "streamed" if streamed else "resident", memory, needed / 1e9, free / 1e9, device,
     )  # fmt: skip
     return Plan(streamed, max(1, int(budget // state)))

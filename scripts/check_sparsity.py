@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> bool:
     parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)
     pattern = None
+    if args.pattern == "unstructured":
+        parser.error("--pattern is N:M; leave it out where no pattern is to be checked")
     if args.pattern:
         try:
             pattern = Sparsity.parse(args.pattern)
@@ -120,6 +122,8 @@ def main(argv: list[str] | None = None) -> bool:
     elif args.include or args.exclude:
         parser.error("--include and --exclude choose what --pattern is checked on: add it")
     try:
+        for name in filter(None, (args.checkpoint, args.against)):
+            loading.check_name(name)
         decoder = loading.on_disk(args.checkpoint, cache_dir=args.cache_dir)
         dense = loading.on_disk(args.against, cache_dir=args.cache_dir) if args.against else None
         targets = select(decoder, pattern, include=args.include, exclude=args.exclude) if pattern else {}
@@ -129,7 +133,7 @@ def main(argv: list[str] | None = None) -> bool:
     failed = False
     broken = report(decoder, pattern, targets)
     if pattern:
-        show(broken, f"{args.pattern} in {sum(map(len, targets.values()))} linears")
+        show(broken, f"at least {pattern.n} zeros in every {pattern.m} inputs of {sum(map(len, targets.values()))} linears")
         failed |= bool(broken)
     if dense:
         changed = compare(decoder, dense)

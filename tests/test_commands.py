@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradient_computation
 import main as pruning
+from lib import cli, data
 from lib.gradient_folder import GradientNorms
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation}
@@ -94,7 +95,18 @@ def test_gradients_say_what_made_them(gradients, saved_model, text):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pruning_end_to_end(flags, gradients, saved_model, text, tmp_path, dtype):
     save, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint"
-    shutil.copytree(saved_model, checkpoint)  # an older checkpoint in its place is replaced
+    run(
+        "main.py",
+        *flags,
+        "--prune_method",
+        "magnitude",
+        "--sparsity_ratio",
+        0.1,
+        "--eval_dataset",
+        text,
+        "--save_model",
+        checkpoint,
+    )  # a pruned checkpoint in its place is replaced
     done = run_alone(
         "main.py", *flags, "--prune_method", "gblm", "--gradient_path", gradients, "--sparsity_type", "2:4",
         "--eval_dataset", text, "--save", save, "--save_model", checkpoint, "--dtype", dtype,
@@ -212,13 +224,45 @@ def test_a_hopeless_dense_perplexity_stops_the_run(flags, saved_model, text, tmp
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(saved_model).save_pretrained(tmp_path)
     command = [*flags, "--model", tmp_path, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
-    model.save_pretrained(tmp_path / "pruned")  # an earlier result
+    run("main.py", *command, "--save_model", tmp_path / "pruned", "--force")  # an earlier result
+    capsys.readouterr()
     with pytest.raises(ValueError, match=r"dense perplexity is .* beyond 1000: .* of 96 tokens may not be .*--force"):
         run("main.py", *command, "--save_model", tmp_path / "pruned")
     printed = capsys.readouterr().out
     assert "dense perplexity" in printed and "pruned" not in printed
     assert list((tmp_path / "pruned").glob("*.safetensors"))
     assert "pruned perplexity" in run("main.py", *command, "--force")
+
+
+def test_weights_of_others_are_not_replaced(flags, saved_model, text, tmp_path, capsys):
+    shutil.copytree(saved_model, tmp_path / "mine")
+    command = [*flags, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
+    with pytest.raises(SystemExit):
+        run("main.py", *command, "--save_model", tmp_path / "mine")
+    assert "would replace" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "model.safetensors").is_file()
+
+
+def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(monkeypatch, capsys):
+    def refused(args):
+        data.documents("nothing.txt")
+
+    def broken(args):
+        json.loads("{")  # a ValueError, of another library
+
+    with pytest.raises(SystemExit, match=r"error: dataset file nothing\.txt does not exist"):
+        cli.run(lambda: None, refused)
+    with pytest.raises(json.JSONDecodeError):
+        cli.run(lambda: None, broken)
+
+
+def test_a_hub_out_of_reach_has_a_remedy(monkeypatch):
+    def out_of_reach(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(data, "load_dataset", out_of_reach)
+    with pytest.raises(ConnectionError, match=r"c4 cannot be fetched from the hub.*--data_dir"):
+        data.documents("c4")
 
 
 def test_windows_in_batches_give_the_same_perplexity(flags, text):
@@ -297,6 +341,8 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--prune_method wanda --sparsity_type 2:4 --use_variant", "choose one"),
         ("--prune_method wanda --sparsity_ratio 0.5 --dataset nothing.txt", "nothing.txt does not exist"),
         ("--prune_method wanda --sparsity_ratio 0.5 --device cuda:77", "--device cpu"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --device gpu", "none of auto, cpu, cuda and cuda:N"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --model ./nothing", "./nothing is not a folder"),
         ("--prune_method wanda --sparsity_ratio 0.5 --nsamples 0", "not above 0"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "neither a block nor -1"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_ratios none.json", "none.json"),

@@ -72,6 +72,16 @@ def test_a_folder_without_index_is_no_result(folder):
         GradientNorms(folder)
 
 
+def test_the_folder_above_is_pointed_down(folder):
+    with pytest.raises(FileNotFoundError, match=f"did you mean {folder}"):
+        GradientNorms(folder.parent)
+
+
+def test_files_are_as_readable_as_others(folder):
+    (folder / "other").touch()
+    assert (folder / "block_000.safetensors").stat().st_mode == (folder / "other").stat().st_mode
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"does not exist.*gradient_computation\.py"):
         GradientNorms(tmp_path / "none")
