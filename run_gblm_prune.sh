@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prune a model with GBLM-Pruner, 50 % unstructured unless flags say otherwise. With nothing set: the demo model.
-#   MODEL=meta-llama/Llama-2-7b-hf bash run_gblm_prune.sh --sparsity_type 2:4
+#   MODEL=meta-llama/Llama-2-7b-hf LLAMA_VERSION=2 bash run_gblm_prune.sh --sparsity_type 2:4
+# Results go to out/NAME-METHOD-PATTERN. Finished gradients are used again; delete their folder to compute them anew.
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/environment.sh
@@ -15,6 +16,8 @@ common=()
 needs_gradients=yes
 ratio=(--sparsity_ratio 0.5)
 method=gblm
+pattern=unstructured
+save=
 arguments=("$@")
 for ((i = 0; i < ${#arguments[@]}; i++)); do
     flag=${arguments[i]%%=*}
@@ -24,7 +27,11 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
         --nsamples | --seq_length | --seed | --dataset | --data_dir | --cache_dir | --dtype | --device | --memory | --activation_memory) common+=("$flag" "$value") ;;
         --pack | --force) common+=("$flag") ;;
         --prune_method) method=$value ;;
-        --sparsity_type) ratio=() ;;
+        --sparsity_type)
+            pattern=$value
+            [ "$value" = unstructured ] || ratio=()
+            ;;
+        --save) save=$value ;;
         --gradient_path | -h | --help) needs_gradients=no ;;
     esac
 done
@@ -42,5 +49,6 @@ if [ "$needs_gradients" = yes ]; then
     fi
     using=(--gradient_path "$gradients")
 fi
+save=${save:-out/$name-$method-${pattern/:/-}}
 python main.py --model "$MODEL" --prune_method gblm "${ratio[@]}" "${using[@]}" "${size[@]}" \
-    --save "out/$name" --save_model "out/$name/model" "$@"
+    --save "$save" --save_model "$save/model" "$@"
