@@ -72,6 +72,8 @@ def outline(
         ValueError: a model this project cannot prune (see `Decoder`).
     """
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return Decoder(model, torch.device(device), source)

@@ -80,6 +80,13 @@ def test_a_model_that_cannot_be_pruned_is_refused_before_it_is_loaded(tmp_path):
         loading.outline(str(tmp_path))
 
 
+def test_a_quantised_checkpoint_is_refused_by_its_config(tmp_path):
+    config = transformers.LlamaConfig(**SMALL, quantization_config={"quant_method": "gptq", "bits": 4})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is quantised: .* give the model it was made from"):
+        loading.outline(str(tmp_path))
+
+
 def test_the_fingerprint_knows_the_model_and_not_the_dtype():
     exact, rounded = tiny_decoder().fingerprint(1), tiny_decoder(dtype=torch.bfloat16).fingerprint(1)
     assert exact.keys() == tiny_decoder().linears(1).keys()
