@@ -147,6 +147,7 @@ def main(args: argparse.Namespace) -> None:
     )
     asked = selection.total_ratio(outline, targets)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
+    gradients = GradientNorms(args.gradient_path) if method.gradients else None
     calibration, evaluation = read_text(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
     decoder, chosen = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
@@ -156,10 +157,8 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     phases = report.Phases(decoder.device)
-    gradients = None
-    if method.gradients:
+    if gradients:
         with phases("check gradients"):
-            gradients = GradientNorms(args.gradient_path)
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
         for flag in ("nsamples", "seq_length", "seed", "dataset", "pack") if method.statistic else ():
             there, here = gradients.index.get(flag), getattr(args, flag)

@@ -74,7 +74,7 @@ class Store:
         self.total_size = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         # The index goes first and comes back last: without it the folder is no checkpoint.
-        for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob(SHARDS)]:
+        for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob(SHARDS + "*")]:  # and unfinished ones
             stale.unlink(missing_ok=True)
 
     def write_block(self, i: int, prefix: str, block: torch.nn.Module, pruned: Container[str], updated: bool = False) -> None:

@@ -136,6 +136,14 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def run(parse: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Run a command. What this project refuses ends in one line; an error from elsewhere keeps its traceback."""
     args = parse()
@@ -162,11 +170,3 @@ def set_up_logging() -> None:
     if not sys.stderr.isatty():
         disable_model_progress_bars()
         disable_data_progress_bars()
-
-
-def positive_float(text: str) -> float:
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value

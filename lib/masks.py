@@ -109,9 +109,8 @@ def _lowest(score: torch.Tensor, count: int) -> torch.Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = score.kthvalue(count, dim=-1, keepdim=True).values
     mask = score <= threshold
-    if torch.count_nonzero(mask).item() > count * len(
-        score
-    ):  # several scores equal a row's threshold: take them from the left, up to the count
+    # More are marked where several scores equal a row's threshold: take those from the left, up to the count.
+    if torch.count_nonzero(mask).item() > count * len(score):
         below = score < threshold
         tied = mask & ~below
         room = count - below.sum(dim=-1, keepdim=True)

@@ -2,8 +2,9 @@
 
     python scripts/check_sparsity.py out/model --pattern 2:4 --against meta-llama/Llama-2-7b-hf
 
-Exits with 1 if the pattern or the comparison does not hold, and says where; with 2 if it cannot be checked. Weights are read from the mapped files, a piece
-at a time, so any size of model can be checked. SparseGPT updates the weights it keeps: its checkpoints never hold --against.
+Exits with 1 if the pattern or the comparison does not hold, and says where; with 2 if it cannot be checked. Weights are read
+from the mapped files, a piece at a time, so any size of model can be checked. SparseGPT updates the weights it keeps: its
+checkpoints never hold --against.
 """
 
 import argparse

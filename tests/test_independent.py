@@ -138,5 +138,5 @@ def test_sparsegpt_in_the_first_block(entered, pruning, alone, pattern):
         pruned = solve(linear.weight, own[name], Sparsity.parse(pattern, 0.5))
         agreement = ((pruned == 0) == (expected == 0)).float().mean().item()
         print(name, pattern, agreement, (pruned - expected).norm().item() / expected.norm().item())
-        assert agreement > 0.998
-        assert (pruned - expected).norm() < 0.05 * expected.norm()
+        assert agreement > 0.999
+        assert (pruned - expected).norm() < 0.02 * expected.norm()
