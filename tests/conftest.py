@@ -56,8 +56,8 @@ TINY = {
 }
 
 
-def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, **changes):
-    """A random model of a family with spread-out weights, the same at every call."""
+def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, noise: float = 0.2, **changes):
+    """A random model of a family, the same at every call: spread-out weights, and `noise` on biases and norms' weights."""
     name, own = TINY[family]
     config = getattr(transformers, name)(**{**SMALL, **own, **changes})
     with torch.random.fork_rng():
@@ -66,6 +66,8 @@ def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float3
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
+            else:
+                parameter.data += noise * torch.randn_like(parameter)
     return model.eval()
 
 
@@ -96,7 +98,7 @@ def documents() -> list[str]:
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model().save_pretrained(folder)
+    tiny_model(noise=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -108,8 +108,21 @@ def test_float16_overflow_lowers_the_scale(monkeypatch):
     exact = ours(tiny_decoder("llama"), random_windows(2))
     monkeypatch.setattr(gradients, "LOSS_SCALE", 2.0**30)  # overflows in the tail
     monkeypatch.setattr(gradients, "BORDER_MAGNITUDE", 2.0**15)  # overflows inside the blocks
+    lower, lowered = gradients._Walk._lower, []
+
+    def count(walk, loss_scale, sample, where):
+        lowered.append(where)
+        return lower(walk, loss_scale, sample, where)
+
+    monkeypatch.setattr(gradients._Walk, "_lower", count)
     half = ours(tiny_decoder("llama", torch.float16), random_windows(2))
+    assert {"the LM head", "block 1"} <= set(lowered)  # block 2 gets what left the head finite
     assert largest_difference(half, exact) < 0.02
+
+
+def test_bfloat16_gradients_are_those_of_float32_to_its_precision():
+    exact, coarse = (ours(tiny_decoder("llama", dtype), random_windows(2)) for dtype in (torch.float32, torch.bfloat16))
+    assert largest_difference(coarse, exact) < 0.1
 
 
 def test_a_linear_without_gradients_is_named_when_streamed(tmp_path):

@@ -119,9 +119,10 @@ def test_a_block_is_scored_whole_and_sees_pruned_predecessors():
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_sparsegpt_is_the_naive_solver(family):
+@pytest.mark.parametrize("pattern, ratio", [("2:4", None), ("unstructured", 0.5)])
+def test_sparsegpt_is_the_naive_solver(family, pattern, ratio):
     """In the first block: behind it, float64 and fp32 may already differ in a near tie."""
-    windows, sparsity = random_windows(16), Sparsity.parse("2:4")
+    windows, sparsity = random_windows(16), Sparsity.parse(pattern, ratio)
     decoder, dense = tiny_decoder(family), tiny_decoder(family)
     prune(decoder, windows, method="sparsegpt", sparsity=sparsity)
     inputs = {name: [] for name in dense.linears(0)}
