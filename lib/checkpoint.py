@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -19,11 +19,17 @@ METADATA = {"format": "pt", "pruned_by": "GBLM-Pruner"}  # in the files' headers
 
 
 def open_checkpoint(name: str, cache_dir: str | None = None) -> Mapping[str, torch.Tensor] | None:
-    """The tensors of a local or hub checkpoint, read from its mapped safetensors on access; None if it has none."""
+    """The tensors of a local or hub checkpoint, read from its mapped safetensors on access; None if it has none.
+
+    Raises:
+        FileNotFoundError: a shard is missing. ValueError: one is damaged.
+    """
     find = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
     shards = [SAFE_WEIGHTS_NAME]  # where there are both, transformers ignores the index as well
     if cached_file(name, SAFE_WEIGHTS_NAME, **find) is None and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **find)):
         shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        if missing := [shard for shard in shards if cached_file(name, shard, **find) is None]:
+            raise FileNotFoundError(f"{name} is incomplete, {missing[0]} of its index is not there: download it again")
     entries = {}
     for shard in shards:
         path = cached_file(name, shard, **find)
@@ -36,15 +42,26 @@ def open_checkpoint(name: str, cache_dir: str | None = None) -> Mapping[str, tor
 def foreign_weights(folder: str | os.PathLike) -> Path | None:
     """A file of weights in `folder` that a `Store` would delete and none has written; None if there is none."""
     for path in sorted(Path(folder).glob(SHARDS)):
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("pruned_by") != METADATA["pruned_by"]:
-                return path
+        try:
+            with _opened(path) as file:
+                own = (file.metadata() or {}).get("pruned_by") == METADATA["pruned_by"]
+        except ValueError:
+            own = False  # a `Store` leaves no damaged files
+        if not own:
+            return path
     return None
 
 
 def _entries(path: str | os.PathLike) -> dict[str, dict]:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {key: {"safetensors_file": str(path), "weight_name": key} for key in file.keys()}  # noqa: SIM118 (a safe_open is not iterable)
+
+
+def _opened(path: str | os.PathLike) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): restore it, or remove it") from error
 
 
 def replace_file(path: Path, write) -> None:

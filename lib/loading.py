@@ -45,7 +45,7 @@ def load(
     for key in saved_names(decoder):
         if not key.startswith(path):
             set_module_tensor_to_device(model, key, device, value=decoder.source[key].to(device, run_dtype, copy=True))
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # as `on_disk` found them
     for key, buffer in model.named_buffers():
         if buffer.device.type != "meta":
             set_module_tensor_to_device(model, key, device, value=buffer)
@@ -69,9 +69,12 @@ def outline(
     """A model with its parameters on the meta device: names and shapes, from its config alone.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`).
+        ValueError: a model this project cannot prune (see `Decoder`). OSError: no such model.
     """
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    except OSError as error:  # not there, not public, or no network: transformers says which
+        raise OSError(f"{name} cannot be read: {error}") from error
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
     with init_empty_weights(include_buffers=False):
@@ -92,6 +95,10 @@ def on_disk(
     if source is None:
         raise ValueError(f"{name} has no safetensors files to read blocks from: {remedy}")
     decoder = outline(name, dtype=dtype, device=device, source=source, cache_dir=cache_dir)
+    for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
+        # A config may say "tied" of weights that are not: like transformers, believe the weights.
+        if tied in source and other in source and not torch.equal(source[tied], source[other]):
+            del decoder.model.all_tied_weights_keys[tied]
     if missing := [key for key in saved_names(decoder) if key not in source]:
         raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
     return decoder

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -31,11 +32,29 @@ class Plan:
         return math.ceil(nsamples / math.ceil(nsamples / largest))
 
 
+def container_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What the control groups of this process (cgroup v2: containers, batch jobs) leave it; infinity where none has a limit."""
+    free = math.inf
+    try:
+        group = root / own.read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return free
+    for folder in (group, *group.parents):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or no limit: "max"
+            continue
+        # Mapped files count as used until others need the room.
+        free = min(free, limit - used + int(statistics["inactive_file"]))
+    return free
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of a GPU, or of the host, shared between the processes of this machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // parallel.local_world()
+    return int(min(psutil.virtual_memory().available, container_bytes())) // parallel.local_world()
 
 
 def plan(

@@ -8,6 +8,7 @@ soft-capping and tied heads are the model's own and no family is a special case.
 
 import ctypes
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -226,8 +227,10 @@ def _trim_heap() -> None:
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in a temporary file that is gone when the tensor is."""
+    """An uninitialised tensor in a temporary file that is gone when the tensor is. OSError: the disk has no room for it."""
     with tempfile.NamedTemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # now, and not by a signal when a page is written
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 

@@ -44,9 +44,9 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
     w[:, dead] = 0
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(hessian)
-    if failed:
+    inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # upper factor of H^-1
+    if failed | failed_too:
         raise ValueError("the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples")
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)  # upper factor of H^-1
 
     width = w.shape[1]
     step = max(COLUMN_BLOCK - COLUMN_BLOCK % sparsity.m, sparsity.m) if sparsity.m else COLUMN_BLOCK  # whole groups

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 
 import pytest
@@ -46,8 +47,9 @@ def test_one_block_is_in_memory_at_a_time(saved):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_bitwise_equal(saved, family):
-    resident, streamed = both(saved, family)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_are_bitwise_equal(saved, family, dtype):
+    resident, streamed = both(saved, family, dtype)
     windows = random_windows()
     kept = {i: sums.result("l2") for i, sums in gradient_norms(resident, windows, keep_graph=True)}
     read = {i: sums.result("l2") for i, sums in gradient_norms(streamed, windows, keep_graph=False, group=3)}
@@ -109,6 +111,32 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
             assert torch.equal(weight.view(torch.int32), dense[name].view(torch.int32)), name
 
 
+def test_weights_that_are_not_tied_although_the_config_says_so(tmp_path):
+    """transformers believes the weights."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    found = []
+    for decoder in both(tmp_path, "dense"):
+        assert "lm_head.weight" in loading.saved_names(decoder)
+        assert not torch.equal(decoder.model.lm_head.weight, decoder.model.get_input_embeddings().weight)
+        found.append(perplexity(decoder, random_windows()))
+    assert found[0] == found[1]
+
+
+def test_incomplete_and_damaged_checkpoints_are_named(saved, tmp_path):
+    shutil.copytree(saved / "llama", tmp_path / "model")
+    shard = sorted((tmp_path / "model").glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=rf"{shard.name} is not a whole safetensors file"):
+        loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
+    assert checkpoint.foreign_weights(tmp_path / "model")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"is incomplete, {shard.name} of its index"):
+        loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
+
+
 def test_a_stale_index_beside_a_whole_file_is_ignored(saved, tmp_path):
     """As transformers does."""
     shutil.copy(saved / "llama" / "model.safetensors.index.json", tmp_path)
@@ -152,6 +180,18 @@ def test_auto_streams_what_does_not_fit_and_says_so(saved, monkeypatch, caplog, 
     assert ("streamed" if expected else "resident") in caplog.text and "GB are free" in caplog.text
     assert memory.plan(loading.outline(str(saved / "llama")), memory="resident", **options).streamed is False
     assert memory.plan(loading.outline(str(saved / "llama")), memory="streamed", **options).streamed is True
+
+
+@pytest.mark.parametrize("limits, expected", [({}, math.inf), ({"a": 900, "a/b": 500}, 450), ({"a": 300, "a/b": "max"}, 250)])
+def test_the_limits_of_a_container_count(tmp_path, limits, expected):
+    """100 bytes are in use, 50 of them as cache of files."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for group, limit in limits.items():
+        (tmp_path / group / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / group / "memory.current").write_text("100\n")
+        (tmp_path / group / "memory.stat").write_text("anon 40\ninactive_file 50\n")
+    (tmp_path / "own").write_text("4:memory:/else\n0::/a/b\n")
+    assert memory.container_bytes(tmp_path, tmp_path / "own") == expected
 
 
 def test_groups_are_few_and_equal():
