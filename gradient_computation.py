@@ -18,8 +18,6 @@ from lib.gradients import NORMS, SCALE, gradient_norms
 
 logger = logging.getLogger("gradient_computation")
 
-SAVED_EVERY = 16  # samples of a resident run between two savings of its sums: a few seconds of writing in minutes of work
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
@@ -71,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
     decoder, chosen = cli.load(args, device, outline, sums_per_weight=4 * len(norms), graph=True)
-    group = chosen.group(len(own), len(decoder) + 2) if chosen.streamed else SAVED_EVERY
+    group = chosen.group(len(own), len(decoder) + 2) if chosen.streamed else None
 
     provenance = {
         "model": args.model,
@@ -89,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     settings = {
         **provenance,
         "norms": list(norms),
-        "streamed": chosen.streamed,
+        "memory": "streamed" if chosen.streamed else "resident",
         "windows": checksum(own),
         "weights": checksum(decoder),
     }

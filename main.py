@@ -160,13 +160,8 @@ def main(args: argparse.Namespace) -> None:
     if gradients:
         with phases("check gradients"):
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
-        for flag in ("nsamples", "seq_length", "seed", "dataset", "pack") if method.statistic else ():
-            there, here = gradients.index.get(flag), getattr(args, flag)
-            if there not in (None, here):
-                logger.warning(
-                    "the gradients were computed with --%s %s, the activations will be with %s: run gradient_computation.py "
-                    "with the same flags to have both from the same samples", flag, there, here,
-                )  # fmt: skip
+        if method.statistic:
+            cli.compare_samples(args, gradients)
     first = parallel.rank() == 0
     group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
 
@@ -214,6 +209,7 @@ def main(args: argparse.Namespace) -> None:
 
     with phases("pruned perplexity"):
         pruned = perplexity(decoder, evaluation, batch=args.batch_size, group=group, progress="pruned perplexity")
+    processes = parallel.world()
     parallel.stop()
     if not first:
         return
@@ -225,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
             "streamed": chosen.streamed,
-            "processes": parallel.world(),
+            "processes": processes,
             "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(evaluation)},
             "sparsity": sparsity,
             "sparsity_asked": asked,

@@ -12,6 +12,7 @@ from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
 from lib import data, loading, memory, parallel
+from lib.gradient_folder import GradientNorms
 from lib.model import Decoder
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,17 @@ def check_vocabulary(args: argparse.Namespace, outline: Decoder, tokenizer, *win
             f"the tokenizer ({type(tokenizer).__name__}) has token ids up to {highest}, but {args.model} only {embeddings} "
             f"embeddings: it is another model's, or tokens were added to it without resizing the model. Use the model's own; {remedy}"
         )
+
+
+def compare_samples(args: argparse.Namespace, gradients: GradientNorms) -> None:
+    """Warn if the gradients are not from the samples that these flags draw."""
+    for flag in ("nsamples", "seq_length", "seed", "dataset", "pack"):
+        there, here = gradients.index.get(flag), getattr(args, flag)
+        if there not in (None, here):
+            logger.warning(
+                "the gradients were computed with --%s %s, the activations will be with %s: run gradient_computation.py "
+                "with the same flags to have both from the same samples", flag, there, here,
+            )  # fmt: skip
 
 
 def positive(text: str) -> int:

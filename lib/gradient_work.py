@@ -8,10 +8,12 @@ A group writes its sums beside those of the group before, which are deleted when
 process dies, the sums that state.json names are whole.
 """
 
+import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterator, MutableMapping
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from lib.gradient_sums import BlockSums
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+SAVED_AFTER = 60.0  # seconds of work that a resident run may lose when it is killed
+SAVING_SHARE = 0.1  # of its time that saving may take: what takes long is done less often
 
 
 class GradientWork(MutableMapping):
@@ -33,7 +37,7 @@ class GradientWork(MutableMapping):
         resume: go on from what is there (nothing there: start anew). Otherwise it is deleted.
 
     Raises:
-        ValueError: resuming with other settings; the message names the difference.
+        ValueError: resuming with other settings (the message names the difference), or another run has the folder.
     """
 
     def __init__(self, folder: Path, settings: dict, device: torch.device, resume: bool = False):
@@ -42,21 +46,29 @@ class GradientWork(MutableMapping):
         self.device = device
         self.done = 0
         self.missing: dict[str, int] = {}
+        self.saved, self.took = time.monotonic(), 0.0
         state = folder / STATE
-        if resume and state.is_file():
+        resume = resume and state.is_file()
+        if resume:
             recorded = json.loads(state.read_text())
             for key, value in settings.items():
                 if recorded["settings"].get(key) != value:
                     raise ValueError(
                         f"cannot resume: {key} was {recorded['settings'].get(key)!r} and is now {value!r} ({folder}); "
-                        "use the same flags, or start anew without --resume"
+                        "use the same flags (of --memory auto, what it chose), or start anew without --resume"
                     )
             self.done, self.missing = recorded["done"], recorded["missing"]
-            for other in folder.glob("samples_*"):
-                if other != self._sums(self.done):
-                    shutil.rmtree(other)
-        else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115 (held until the process ends, however)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run has its sums in {folder}: let it finish, or use another --output_dir") from None
+        if not resume:
             shutil.rmtree(folder, ignore_errors=True)
+        for other in folder.glob("samples_*"):
+            if other != self._sums(self.done):
+                shutil.rmtree(other)
         self._next().mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, i: int) -> BlockSums:
@@ -99,9 +111,23 @@ class GradientWork(MutableMapping):
         shutil.rmtree(before, ignore_errors=True)
         self._next().mkdir(exist_ok=True)
 
+    def due(self) -> bool:
+        """Whether a run that has its sums in memory should save them."""
+        return time.monotonic() - self.saved >= max(SAVED_AFTER, self.took / SAVING_SHARE)
+
+    def save(self, sums: Mapping[int, BlockSums], done: int, missing: dict[str, int]) -> None:
+        """Write and commit the sums of all blocks."""
+        start = time.monotonic()
+        self.update(sums)
+        self.commit(done, missing)
+        self.saved = time.monotonic()
+        self.took = self.saved - start
+
     def remove(self) -> None:
         """The result is in place: nothing here is needed any more."""
         shutil.rmtree(self.folder)
+        Path(self.lock.name).unlink()
+        self.lock.close()
 
     def _sums(self, done: int) -> Path:
         return self.folder / f"samples_{done:05d}"

@@ -44,6 +44,9 @@ class InMemory(dict):
     def commit(self, done: int, missing: dict[str, int]) -> None:
         """Nothing to make durable; `gradient_work.GradientWork` does."""
 
+    def due(self) -> bool:
+        return False
+
 
 def gradient_norms(
     decoder: Decoder,
@@ -58,15 +61,16 @@ def gradient_norms(
 ) -> Iterator[tuple[int, BlockSums]]:
     """Sum the gradients of every linear in every block over windows (n, T), one sample at a time.
 
-    Labels are the input ids, the loss is the model's own mean cross-entropy (arXiv 2311.04902, section 3). Samples come in
-    groups of `group` (default: one group); the result does not depend on it.
+    Labels are the input ids, the loss is the model's own mean cross-entropy (arXiv 2311.04902, section 3). There are two
+    orders with the same result. With the graph kept, a sample goes through all blocks and back before the next one, and the
+    sums of all blocks are in memory. Otherwise a group of samples goes through each block together, blocks are run again for
+    their backward, and only the sums of one block are in memory: a block that is on disk is read once for a group.
 
     Args:
-        keep_graph: keep each block's graph from the forward; a group goes through the model sample by sample, and the sums
-            of all blocks stay in memory. Otherwise blocks are run again for their backward, a group walks over the blocks
-            together, and the sums of one block are in memory at a time.
-        work: keeps the sums between groups, and says how many samples they cover already: `InMemory` (default) or
-            `gradient_work.GradientWork`.
+        keep_graph: which of the two.
+        group: samples of a group (default: all), where the graph is not kept.
+        work: keeps the sums between groups, or saves them now and then, and says how many samples they cover already:
+            `InMemory` (default) or `gradient_work.GradientWork`.
         first: number of the first window in the whole run, where this process has a share of it; for messages only.
 
     Yields:
@@ -80,28 +84,33 @@ def gradient_norms(
             linear.weight.requires_grad_(True)  # nothing but the blocks' linears ever gets a gradient
     work = InMemory() if work is None else work
     walk = _Walk(decoder, norms, scale, keep_graph, work.missing)
-    sums = dict(work) if keep_graph else work
     done = work.done
     with tqdm(
         total=len(windows) * len(decoder), initial=done * len(decoder), desc="gradients", unit="block", disable=None
     ) as bar:
-        for chunk in windows[done:].split(group or len(windows)):
-            last = done + len(chunk) == len(windows)
-            for part in chunk.split(1 if keep_graph else len(chunk)):
-                for i, block_sums in walk.group(part, sums, first + done):
-                    bar.update(len(part))
-                    if last and not keep_graph:
+        if keep_graph:
+            sums = dict(work)
+            for window in windows[done:]:
+                for i, block_sums in walk.group(window[None], sums, first + done):
+                    sums[i] = block_sums
+                    bar.update()
+                done += 1
+                if done < len(windows) and work.due():
+                    work.save(sums, done, walk.missing)
+            for i in reversed(range(len(decoder))):
+                yield i, sums.pop(i).of_all_ranks(decoder.linears(i), decoder.device)
+        else:
+            for chunk in windows[done:].split(group or len(windows)):
+                last = done + len(chunk) == len(windows)
+                for i, block_sums in walk.group(chunk, work, first + done):
+                    bar.update(len(chunk))
+                    if last:
                         yield i, block_sums.of_all_ranks(decoder.linears(i), decoder.device)
                     else:
-                        sums[i] = block_sums
-                done += len(part)
-            if not last:
-                if keep_graph:
-                    work.update(sums)
-                work.commit(done, walk.missing)
-    if keep_graph:
-        for i in reversed(range(len(decoder))):
-            yield i, sums.pop(i).of_all_ranks(decoder.linears(i), decoder.device)
+                        work[i] = block_sums
+                done += len(chunk)
+                if not last:
+                    work.commit(done, walk.missing)
     work.missing = walk.report_missing(len(windows))  # of all processes, now that this one's are no longer needed
 
 

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +18,7 @@ from conftest import ROOT, random_windows, tiny_decoder
 from test_commands import run
 from test_gradients import SCALE, largest_difference, ours
 
-from lib import parallel
+from lib import gradient_work, parallel
 from lib.gradient_work import GradientWork
 from lib.gradients import gradient_norms
 from lib.masks import Sparsity
@@ -26,7 +28,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
-def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph):
+def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch):
+    monkeypatch.setattr(gradient_work, "SAVED_AFTER", 0)
+    monkeypatch.setattr(gradient_work, "SAVING_SHARE", math.inf)
     windows, options = random_windows(7), {"scale": SCALE, "keep_graph": keep_graph, "group": 2}
     expected = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, **options)}
     settings = {"norms": ["l1", "l2"], "scale": SCALE, "seed": 0}
@@ -42,14 +46,35 @@ def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph):
     work.commit = die_at_the_third
     with pytest.raises(KeyboardInterrupt):
         list(gradient_norms(tiny_decoder(), windows, work=work, **options))
-    assert commits == [2, 4, 6]
+    if keep_graph:
+        assert commits == [1, 2, 3]
+    else:
+        assert commits == [2, 4, 6]
+    with pytest.raises(ValueError, match=r"another run has its sums in .*work: .*another --output_dir"):
+        GradientWork(tmp_path / "work", settings, CPU, resume=True)
+    work.lock.close()  # as when its process dies
     again = GradientWork(tmp_path / "work", settings, CPU, resume=True)
-    assert again.done == 4 and sorted(again) == [0, 1, 2]
+    assert again.done == commits[1] and sorted(again) == [0, 1, 2]
     resumed = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, work=again, **options)}
     assert all(torch.equal(expected[i][name], resumed[i][name]) for i in expected for name in expected[i])
     with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*without --resume"):
         GradientWork(tmp_path / "work", {**settings, "seed": 1}, CPU, resume=True)
+    again.lock.close()
     assert GradientWork(tmp_path / "work", settings, CPU).done == 0  # without resume: from the start
+
+
+def test_sums_in_memory_are_saved_when_much_work_could_be_lost_and_not_more_often_than_it_is_worth(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gradient_work, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    work = GradientWork(tmp_path / "work", {"norms": ["l2"], "scale": 1.0}, CPU)
+    due = []
+    monkeypatch.setattr(work, "commit", lambda done, missing: clock.__setitem__(0, clock[0] + 20))  # saving takes 20 seconds
+    for second in range(600):
+        clock[0] += 1
+        if work.due():
+            due.append(second)
+            work.save({}, second, {})
+    assert due == [59, 259, 459]
 
 
 @pytest.fixture
@@ -133,6 +158,27 @@ def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
         expected = alone.model.state_dict()
         differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in weights)
         assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3
+
+
+def test_main_with_two_processes(saved_model, documents, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    command = [
+        "main.py", "--model", saved_model, "--dataset", text, "--eval_dataset", text, "--nsamples", 5, "--seq_length", 16,
+        "--cache_dir", tmp_path, "--dtype", "float32", "--prune_method", "wanda", "--sparsity_type", "2:4",
+    ]  # fmt: skip
+    saved = ["--memory", "streamed", "--save", tmp_path / "two", "--save_model", tmp_path / "two" / "model"]
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, *saved)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    run(*command, "--save", tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["perplexity"]["dense"] == pytest.approx(one["perplexity"]["dense"], rel=1e-6)
+    assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=1e-3)  # a near tie may differ
+    assert printed.count("pruned perplexity") == 1
+    index = json.loads((tmp_path / "two" / "model" / "model.safetensors.index.json").read_text())
+    assert all((tmp_path / "two" / "model" / shard).is_file() for shard in index["weight_map"].values())
 
 
 def test_a_rank_that_dies_ends_the_run(command, tmp_path):
