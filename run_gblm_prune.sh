@@ -8,8 +8,6 @@ source scripts/environment.sh
 
 MODEL=${MODEL:-demo/SmolLM2-135M-Instruct}
 LLAMA_VERSION=${LLAMA_VERSION:-2}
-name=$(basename "$MODEL")
-gradients=gradients/llama$LLAMA_VERSION/gradients_aggregrate_norm_l2_model_$name
 
 # The flags that gradient_computation.py has to share with main.py, and those that decide whether it runs at all.
 common=()
@@ -25,6 +23,7 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
     [ "$value" != "${arguments[i]}" ] || value=${arguments[i + 1]:-}
     case $flag in
         --nsamples | --seq_length | --seed | --dataset | --data_dir | --cache_dir | --dtype | --device | --memory | --activation_memory) common+=("$flag" "$value") ;;
+        --model) MODEL=$value ;;
         --pack | --force) common+=("$flag") ;;
         --prune_method) method=$value ;;
         --sparsity_type)
@@ -35,6 +34,8 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
         --gradient_path | -h | --help) needs_gradients=no ;;
     esac
 done
+name=$(basename "$MODEL")
+gradients=gradients/llama$LLAMA_VERSION/gradients_aggregrate_norm_l2_model_$name
 case $method in magnitude | wanda | sparsegpt) needs_gradients=no ;; esac
 
 size=()

@@ -1,6 +1,7 @@
 # Sourced by the launchers, from the repository's root: a Python with the requirements. An active virtual or conda
-# environment is used as it is; otherwise .venv is made and filled once, and again when requirements.txt changes.
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+# environment is used as it is, but for conda's base, which is active without anyone's doing; otherwise .venv is made and
+# filled once, and again when requirements.txt changes.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
     if [ ! -x .venv/bin/python ]; then
         python3 -m venv .venv
     fi

@@ -34,6 +34,10 @@ def main() -> None:
     cli.check_common_flags(parser, args)
     if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
+    try:
+        patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
+    except ValueError as error:
+        parser.error(f"--patterns: {error}")
     device = cli.start(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -45,8 +49,10 @@ def main() -> None:
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
+    if gradients:
+        cli.compare_samples(args, gradients)
     rows = [("dense", "", None)] if "dense" in args.methods else []
-    for pattern in args.patterns:
+    for pattern in patterns:
         for method in args.methods:
             if method != "dense":
                 rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
@@ -65,13 +71,12 @@ def main() -> None:
             checked = True
         phases = report.Phases(decoder.device)
         if method != "dense":
-            sparsity = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None)
             with phases("prune"):
                 zeros = prune(
                     decoder,
                     calibration,
                     method=method,
-                    sparsity=sparsity,
+                    sparsity=patterns[pattern],
                     gradients=gradients and gradients.block,
                     alpha=alpha / gradients.scale if alpha is not None else 1.0,
                 )
