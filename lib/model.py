@@ -6,11 +6,6 @@ Head and tail are the model's own forward with the blocks' forward replaced, so 
 soft-capping and tied heads are the model's own and no family is a special case.
 """
 
-import ctypes
-import math
-import os
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +15,8 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers.cache_utils import Cache
+
+from lib.host import mapped, trim_heap
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
@@ -99,7 +96,7 @@ class Decoder:
         finally:
             for name in names:
                 set_module_tensor_to_device(block, name, "meta")
-            _trim_heap()
+            trim_heap()
 
     @torch.no_grad()
     def enter(self, tokens: torch.Tensor) -> State:
@@ -139,7 +136,7 @@ class Decoder:
             state = self.enter(window[None])
             if in_memory is not None and len(windows) > in_memory:
                 if slots is None:
-                    slots = _mapped((len(windows), *state.hidden.shape), state.hidden.dtype)
+                    slots = mapped((len(windows), *state.hidden.shape), state.hidden.dtype)
                 state.hidden, state.mapped = slots[k].copy_(state.hidden), True
             states.append(state)
         return states
@@ -218,20 +215,6 @@ def _require_linears(path: str, block: nn.Module) -> None:
             raise ValueError(
                 f"{path}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it was made from"
             )
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps what is below its (growing) threshold, block after block."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in a temporary file that is gone when the tensor is. OSError: the disk has no room for it."""
-    with tempfile.NamedTemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # now, and not by a signal when a page is written
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def _equal(a, b, known: dict[tuple[int, int], bool]) -> bool:
