@@ -11,43 +11,45 @@ import logging
 
 import torch
 
-from lib import cli, data, loading, model, parallel, report
-from lib.gradient_folder import GradientWriter, folder_of
-from lib.gradient_work import GradientWork
-from lib.gradients import NORMS, SCALE, gradient_norms
+from lib import cli, data, parallel, report
+from lib.gradients.folder import GradientWriter, folder_of
+from lib.gradients.walk import NORMS, SCALE, gradient_norms
+from lib.gradients.work import GradientWork
+from lib.models import loading
+from lib.models.decoder import Decoder
 
 logger = logging.getLogger("gradient_computation")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser = argparse.ArgumentParser(description="Accumulate per-weight gradient norms over calibration samples.")
-    cli.add_common_flags(parser)
-    cli.add_memory_flags(parser)
-    parser.add_argument(
+    parser, groups = cli.parser_of(__doc__)
+    cli.add_common_flags(groups)
+    cli.add_memory_flags(groups)
+    groups.method.add_argument(
         "--scale",
         type=cli.positive_float,
         default=SCALE,
         help="factor on the gradients, baked into the stored norms (default: %(default)s)",
     )
-    parser.add_argument(
+    groups.output.add_argument(
         "--llama_version",
         type=int,
         choices=(1, 2),
         default=2,
         help="names the output folder, gradients/llama1 or llama2 (default: %(default)s)",
     )
-    parser.add_argument(
+    groups.method.add_argument(
         "--norms", nargs="+", choices=NORMS, default=list(NORMS), help="l1 is sum |G|, l2 is sqrt(sum G^2) (default: both)"
     )
-    parser.add_argument(
+    groups.output.add_argument(
         "--norm_dtype",
         choices=("float16", "float32"),
         default="float16",
         help="of the stored norms; float32 has no underflow or overflow and twice the size (default: %(default)s)",
     )
-    parser.add_argument("--output_dir", default="gradients", help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
+    groups.output.add_argument("--output_dir", default="gradients", help="default: %(default)s")
+    groups.output.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
     try:
@@ -119,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
     work.remove()
 
 
-def checksum(content: torch.Tensor | model.Decoder) -> str:
+def checksum(content: torch.Tensor | Decoder) -> str:
     """Of windows, or of a model's fingerprint: tells a resumed run that they are the same."""
     if isinstance(content, torch.Tensor):
         parts = [content]

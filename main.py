@@ -1,4 +1,4 @@
-"""Prune a causal language model in one shot and measure its perplexity.
+"""Prune a causal language model in one shot and print its perplexity before and after.
 
     python main.py --model meta-llama/Llama-2-7b-hf --prune_method gblm --sparsity_ratio 0.5 \\
         --gradient_path gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf --save out/
@@ -10,73 +10,91 @@ import argparse
 import logging
 import os
 import tempfile
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lib import checkpoint, cli, data, loading, metrics, parallel, report, selection
-from lib.eval import perplexity, windows_of
-from lib.gradient_folder import GradientNorms
-from lib.masks import Sparsity
-from lib.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
+from lib import cli, data, parallel, report
+from lib.evaluation.perplexity import perplexity, windows_of
+from lib.gradients.folder import GradientNorms
+from lib.models import checkpoint, loading, memory
+from lib.models.decoder import Decoder
+from lib.pruning import scores, selection
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
 
 logger = logging.getLogger("main")
 
 HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and text do not belong together
 
 
+def main(args: argparse.Namespace) -> None:
+    """Prepare, measure the dense model, prune it, measure it again, report."""
+    run = prepare(args)
+    dense = measure(run, "dense perplexity")
+    refuse_hopeless(run, dense)
+    zeros = prune_model(run)
+    keep_results(run, zeros, dense, pruned=None)
+    pruned = measure(run, "pruned perplexity")
+    keep_results(run, zeros, dense, pruned)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsity` and `ratios` join the result, parsed."""
-    parser = argparse.ArgumentParser(
-        description="Prune a causal language model in one shot; print its perplexity before and after."
+    parser, groups = cli.parser_of(__doc__)
+    declare(groups)
+    args = parser.parse_args(argv)
+    cli.check_common_flags(parser, args)
+    check_method(parser, args)
+    check_output(parser, args)
+    return args
+
+
+def declare(groups: cli.Groups) -> None:
+    """The flags, in the groups that --help shows."""
+    cli.add_common_flags(groups)
+    cli.add_memory_flags(groups)
+    groups.data.add_argument(
+        "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
     )
-    cli.add_common_flags(parser)
-    cli.add_memory_flags(parser)
-    parser.add_argument("--prune_method", required=True, choices=METHODS)
-    parser.add_argument("--sparsity_ratio", type=float, help="share of weights to remove; implied by N:M")
-    parser.add_argument(
+
+    add = groups.method.add_argument
+    add("--prune_method", required=True, choices=METHODS)
+    add("--sparsity_ratio", type=float, help="share of weights to remove; implied by N:M")
+    add(
         "--sparsity_type",
         default="unstructured",
         help="unstructured, or N:M: N REMOVED of every M inputs, such as 2:4 or 4:8 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--gradient_path", help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient"
-    )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)",
-    )
-    parser.add_argument("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
-    parser.add_argument(
-        "--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total"
-    )
-    cli.add_selection_flags(parser)
-    parser.add_argument("--layer_no", type=int, default=-1, help="prune this block only (default: all)")
-    parser.add_argument(
-        "--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts'
-    )
-    parser.add_argument(
-        "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--gradient_path", help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient")
+    add("--alpha", type=float, help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)")
+    add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
+    add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
+    cli.add_selection_flags(groups.method)
+    add("--layer_no", type=int, default=-1, help="prune this block only (default: all)")
+    add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
+    add("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
+    add("--grad_exponent", action="store_true", help="no effect, as in the published code")
+
+    groups.memory.add_argument(
         "--batch_size",
         type=cli.positive,
         default=1,
         help="windows of the perplexity in one forward pass (default: %(default)s)",
     )
-    parser.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
-    parser.add_argument("--save_model", help="folder for the pruned checkpoint")
-    parser.add_argument("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
-    parser.add_argument("--grad_exponent", action="store_true", help="no effect, as in the published code")
-    args = parser.parse_args(argv)
-    cli.check_common_flags(parser, args)
+    groups.output.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--save_model", help="folder for the pruned checkpoint")
 
+
+def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with `parser.error` if the flags of the method contradict each other."""
     method = METHODS[args.prune_method]
     if method.gradients and args.gradient_path is None:
         parser.error(f"--prune_method {args.prune_method} needs --gradient_path, a folder that gradient_computation.py wrote")
     if args.gradient_inv and not method.gradients:
         parser.error(f"--gradient_inv changes the gradient term, which {args.prune_method} does not have: leave it out")
-    if args.alpha is not None and (method.score is not metrics.gblm or args.gradient_inv):
+    if args.alpha is not None and (method.score is not scores.gblm or args.gradient_inv):
         parser.error("--alpha is the weight of the gradient term that gblm adds: leave it out")
     args.alpha = PAPER_ALPHA if args.alpha is None else args.alpha
     if args.use_variant and not method.variant:
@@ -98,6 +116,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
+
+
+def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
     if args.save_model and (foreign := checkpoint.foreign_weights(args.save_model)):
@@ -107,31 +129,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             report.check_writable(getattr(args, flag))
         except OSError as error:
             parser.error(f"--{flag} cannot be written: {error}")
-    return args
 
 
-def read_text(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Calibration windows (n, T), None for a method that does not look at activations, and evaluation windows (m, T)."""
-    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
-    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
-    if METHODS[args.prune_method].statistic is None:
-        return None, evaluation
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    return data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack), evaluation
+@dataclass
+class Run:
+    """What `prepare` hands to the other steps."""
+
+    args: argparse.Namespace
+    decoder: Decoder
+    plan: memory.Plan
+    tokenizer: Any
+    targets: selection.Targets
+    asked: float  # the share of zeros that the targets ask for
+    gradients: GradientNorms | None
+    calibration: torch.Tensor | None  # (n, T)
+    evaluation: torch.Tensor  # (m, T)
+    phases: report.Phases
+    scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
+
+    @property
+    def text(self) -> str:
+        """What a perplexity of this run was measured on."""
+        windows, length = self.evaluation.shape
+        return f"on {self.args.eval_dataset}, {windows} windows of {length} tokens"
 
 
-def refuse_hopeless(dense: float, args: argparse.Namespace, tokenizer, measured: str) -> None:
-    """Raise ValueError if the dense perplexity says that nothing measured from here on would mean anything."""
-    if not dense <= HOPELESS and not args.force:  # not <=: NaN is hopeless as well
-        raise ValueError(
-            f"the dense perplexity is {dense:.4g} {measured}, beyond {HOPELESS:.0f}: {type(tokenizer).__name__} of "
-            f"{len(tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or {args.model} not "
-            "a trained model. Nothing was pruned; --force goes on all the same"
-        )
-
-
-def main(args: argparse.Namespace) -> None:
-    """Text, model, gradients; dense perplexity; prune; pruned perplexity; results."""
+def prepare(args: argparse.Namespace) -> Run:
+    """Read all that the run needs, the model last; refuse what does not belong together."""
     device = cli.start(args)
     method = METHODS[args.prune_method]
     for flag, ignored in {
@@ -145,74 +169,104 @@ def main(args: argparse.Namespace) -> None:
     targets = selection.select(
         outline, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
     )
-    asked = selection.total_ratio(outline, targets)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     calibration, evaluation = read_text(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
-    decoder, chosen = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
+    decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
+    asked = selection.total_ratio(outline, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
         sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
     )  # fmt: skip
-
     phases = report.Phases(decoder.device)
     if gradients:
         with phases("check gradients"):
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
         if method.statistic:
             cli.compare_samples(args, gradients)
-    first = parallel.rank() == 0
-    group = chosen.group(len(evaluation), 1) if chosen.streamed else 1
+    run = Run(args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, phases)
+    if parallel.rank() == 0:
+        print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {run.text}", flush=True)
+    return run
 
-    measured = f"on {args.eval_dataset}, {len(evaluation)} windows of {args.seq_length} tokens"
-    if first:
-        print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {measured}", flush=True)
-    with phases("dense perplexity"):
-        dense = perplexity(decoder, evaluation, batch=args.batch_size, group=group, progress="dense perplexity")
-    if first:
-        print(f"dense perplexity {dense:.4f} {measured}", flush=True)
-    refuse_hopeless(dense, args, tokenizer, measured)
 
-    store = scratch = None
-    if chosen.streamed or (args.save_model and first):
-        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if one is asked for.
-        if not (args.save_model and first):
-            scratch = tempfile.TemporaryDirectory()  # is deleted when this function ends, or fails
-        folder = scratch.name if scratch else args.save_model
+def read_text(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Calibration windows (n, T), None for a method that does not look at activations, and evaluation windows (m, T)."""
+    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
+    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
+    if METHODS[args.prune_method].statistic is None:
+        return None, evaluation
+    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
+    return data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack), evaluation
+
+
+def measure(run: Run, name: str) -> float:
+    """The perplexity of the model as it is now; `name` is that of the phase."""
+    group = run.plan.group(len(run.evaluation), 1) if run.plan.streamed else 1
+    with run.phases(name):
+        value = perplexity(run.decoder, run.evaluation, batch=run.args.batch_size, group=group, progress=name)
+    if parallel.rank() == 0 and name.startswith("dense"):
+        print(f"{name} {value:.4f} {run.text}", flush=True)
+    return value
+
+
+def refuse_hopeless(run: Run, dense: float) -> None:
+    """Raise ValueError if the dense perplexity says that nothing measured from here on would mean anything."""
+    if not dense <= HOPELESS and not run.args.force:  # not <=: NaN is hopeless as well
+        raise ValueError(
+            f"the dense perplexity is {dense:.4g} {run.text}, beyond {HOPELESS:.0f}: {type(run.tokenizer).__name__} of "
+            f"{len(run.tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or "
+            f"{run.args.model} not a trained model. Nothing was pruned; --force goes on all the same"
+        )
+
+
+def prune_model(run: Run) -> Zeros:
+    """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
+    args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
+    store = None
+    writes = args.save_model and parallel.rank() == 0
+    if writes or run.plan.streamed:
+        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if this process writes one.
         originals = loading.original_tensors(args.model, decoder, args.cache_dir)
-        store = checkpoint.Store(folder, originals, len(decoder))  # deletes what an earlier run left there
+        run.scratch = None if writes else tempfile.TemporaryDirectory()
+        store = checkpoint.Store(run.scratch.name if run.scratch else args.save_model, originals, len(decoder))
 
     def finished(i: int, block: torch.nn.Module) -> None:
         if store:
-            store.write_block(i, decoder.prefixes[i], block, targets.get(i, ()), updated=method.score is None)
+            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=method.score is None)
 
-    with phases("prune"):
+    with run.phases("prune"):
         zeros = prune(
             decoder,
-            calibration,
+            run.calibration,
             method=args.prune_method,
-            sparsity=targets,
-            gradients=gradients and gradients.block,
-            alpha=args.alpha / gradients.scale if gradients else 1.0,  # stored norms have their scale baked in
+            sparsity=run.targets,
+            gradients=run.gradients and run.gradients.block,
+            alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
             use_variant=args.use_variant,
             gradient_inv=args.gradient_inv,
-            hidden_states=chosen.hidden_states,
+            hidden_states=run.plan.hidden_states,
             finished=finished,
         )
-    sparsity = share_of_zeros(zeros)
     if store:
         names = loading.saved_names(decoder)
-        store.finish(names, loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir), tokenizer)
-    if chosen.streamed:
+        config = loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir)
+        store.finish(names, config, run.tokenizer)
+    if run.plan.streamed:
         decoder.source = store.tensors()
+    return zeros
 
-    with phases("pruned perplexity"):
-        pruned = perplexity(decoder, evaluation, batch=args.batch_size, group=group, progress="pruned perplexity")
-    processes = parallel.world()
-    parallel.stop()
+
+def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None) -> None:
+    """Write results.json and print the end of the run; without the pruned perplexity, keep what there is so far."""
+    args, decoder = run.args, run.decoder
+    processes, first = parallel.world(), parallel.rank() == 0
+    if pruned is not None:
+        parallel.stop()
     if not first:
         return
+    sparsity = share_of_zeros(zeros)
     if args.save:
         results = {
             "flags": {name: value for name, value in vars(args).items() if name not in ("sparsity", "ratios")},
@@ -220,18 +274,19 @@ def main(args: argparse.Namespace) -> None:
             "versions": report.versions(),
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
-            "streamed": chosen.streamed,
+            "streamed": run.plan.streamed,
             "processes": processes,
-            "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(evaluation)},
+            "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(run.evaluation)},
             "sparsity": sparsity,
-            "sparsity_asked": asked,
+            "sparsity_asked": run.asked,
             "sparsity_by_block": report.by_linear(zeros),
-            "phases": phases.record,
+            "phases": run.phases.record,
         }
         report.write(args.save, results, zeros)
-
+    if pruned is None:
+        return
     print(f"sparsity {sparsity:.4f}")
-    print(f"pruned perplexity {pruned:.4f} (dense {dense:.4f}) {measured}")
+    print(f"pruned perplexity {pruned:.4f} (dense {dense:.4f}) {run.text}")
     if args.save:
         print(f"log.txt, results.json and sparsity.png saved in {args.save}")
     if args.save_model:

@@ -1,1 +1,7 @@
-"""Pruning of pretrained causal language models with gradients: the library behind main.py and gradient_computation.py."""
+"""GBLM-Pruner's library, in rooms: models, gradients, pruning, evaluation; what all of them use is beside this file.
+
+    data -> (n, T) token windows -> models: head - blocks - tail -> gradients -> a folder of norms
+                                                                 -> pruning (scores.py holds the paper's formula) -> evaluation
+
+Imports go one way: pruning, gradients and evaluation see models, models see none of them, and none of the three sees another.
+"""

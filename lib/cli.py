@@ -6,62 +6,82 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import data, loading, memory, parallel
-from lib.gradient_folder import GradientNorms
-from lib.model import Decoder
+from lib import data, parallel
+from lib.gradients.folder import GradientNorms
+from lib.models import loading, memory
+from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
+class Groups(NamedTuple):
+    """The groups that `--help` shows the flags in."""
+
+    model: argparse._ArgumentGroup
+    data: argparse._ArgumentGroup
+    method: argparse._ArgumentGroup
+    memory: argparse._ArgumentGroup
+    output: argparse._ArgumentGroup
+
+
+def parser_of(docstring: str) -> tuple[argparse.ArgumentParser, Groups]:
+    """A parser described by a command's module docstring (what it does, an example, a remark), and its groups of flags."""
+    description, _, epilog = docstring.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser, Groups(*(parser.add_argument_group(name) for name in Groups._fields))
+
+
+def add_common_flags(groups: Groups) -> None:
     """The flags that mean the same to main.py and gradient_computation.py."""
-    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
-    parser.add_argument("--nsamples", type=positive, default=128, help="calibration samples (default: %(default)s)")
-    parser.add_argument(
-        "--seq_length",
-        type=positive,
-        default=2048,
-        help="tokens of a sample and of an evaluation window (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the calibration samples; both commands draw the same (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dataset",
-        default="c4",
-        help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file (default: %(default)s)",
-    )
-    parser.add_argument("--pack", action="store_true", help="join calibration documents with EOS and cut, for short documents")
-    parser.add_argument("--data_dir", help="read c4 and wikitext2 from this folder, laid out as on the hub")
-    parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
-    parser.add_argument(
+    add = groups.model.add_argument
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
+    add(
         "--dtype",
         choices=["auto", *loading.DTYPES],
         default="auto",
         help="to compute in; auto: the checkpoint's on a GPU, bfloat16 on a CPU with instructions for it, else float32",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together"
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together")
+
+    add = groups.data.add_argument
+    add("--nsamples", type=positive, default=128, help="calibration samples (default: %(default)s)")
+    add(
+        "--seq_length",
+        type=positive,
+        default=2048,
+        help="tokens of a sample and of an evaluation window (default: %(default)s)",
     )
+    add("--seed", type=int, default=0, help="of the calibration samples; both commands draw the same (default: %(default)s)")
+    add(
+        "--dataset",
+        default="c4",
+        help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file (default: %(default)s)",
+    )
+    add("--pack", action="store_true", help="join calibration documents with EOS and cut, for short documents")
+    add("--data_dir", help="read c4 and wikitext2 from this folder, laid out as on the hub")
 
 
-def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+def add_memory_flags(groups: Groups) -> None:
     """What `memory.plan` needs to know."""
-    parser.add_argument(
+    groups.memory.add_argument(
         "--memory",
         choices=["auto", "resident", "streamed"],
         default="auto",
         help="streamed: one block at a time in memory, the others on disk; auto: resident if the model and its working set fit",
     )
-    parser.add_argument(
+    groups.memory.add_argument(
         "--activation_memory",
         type=positive_float,
         metavar="GB",
@@ -69,7 +89,7 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_selection_flags(parser: argparse.ArgumentParser) -> None:
+def add_selection_flags(parser: argparse._ActionsContainer) -> None:
     """The patterns of `selection.select`."""
     example = '"*.o_proj" matches model.layers.0.self_attn.o_proj'
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help=f"only these linears: {example}")

@@ -68,10 +68,13 @@ def _peak_host() -> int:
 
 
 def write(folder: str, results: dict, zeros: dict) -> None:
-    """Write log.txt, results.json and sparsity.png into `folder`; `zeros` is what `prune.prune` returned."""
+    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt into `folder`.
+
+    `zeros` is what `prune.prune` returned.
+    """
     path = Path(folder)
-    text = f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{results['perplexity']['pruned']:.4f}\n"
-    (path / "log.txt").write_text(text)
+    if (pruned := results["perplexity"]["pruned"]) is not None:
+        (path / "log.txt").write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n")
     (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _plot(path / "sparsity.png", zeros)
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, loading
-from lib.masks import Sparsity
-from lib.model import Decoder
-from lib.selection import Targets, select
+from lib import cli
+from lib.models import loading
+from lib.models.decoder import Decoder
+from lib.pruning.masks import Sparsity
+from lib.pruning.selection import Targets, select
 
 PIECE = 2**24  # weights read at a time
 SHOWN = 20  # of many problems

@@ -6,23 +6,23 @@ The model is loaded anew for every row, the dense perplexity measured once. Rows
 appended to --output as they are done, so a run that was stopped goes on where it was.
 """
 
-import argparse
 import gc
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, data, loading, report
-from lib.eval import perplexity, windows_of
-from lib.gradient_folder import GradientNorms
-from lib.masks import Sparsity
-from lib.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
+from lib import cli, data, report
+from lib.evaluation.perplexity import perplexity, windows_of
+from lib.gradients.folder import GradientNorms
+from lib.models import loading
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_common_flags(parser)
+    parser, groups = cli.parser_of(__doc__)
+    cli.add_common_flags(groups)
     parser.add_argument("--gradient_path", help="for gradient and gblm")
     parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "4:8", "2:4"], help="unstructured is 50 %%")

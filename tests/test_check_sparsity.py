@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lib import checkpoint, loading
-from lib.masks import Sparsity
-from lib.prune import prune
+from lib.models import checkpoint, loading
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import prune
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gradient_computation
 import main as pruning
 from lib import cli, data
-from lib.gradient_folder import GradientNorms
+from lib.gradients.folder import GradientNorms
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation}
 

@@ -3,14 +3,15 @@
 import pytest
 import torch
 from conftest import DEMO, ROOT, needs_demo
-from test_gradients import autograd_norms, largest_difference, ours
 from test_prune import gradient_of, naive_prune
+from test_walk import autograd_norms, largest_difference, ours
 from torch import nn
 
-from lib import data, loading
-from lib.eval import perplexity, windows_of
-from lib.masks import Sparsity
-from lib.prune import METHODS, prune
+from lib import data
+from lib.evaluation.perplexity import perplexity, windows_of
+from lib.models import loading
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import METHODS, prune
 
 pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512

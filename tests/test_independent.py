@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, needs_demo
 
-from lib import data, loading, metrics
-from lib.activations import ActivationNorm, observe
-from lib.masks import Sparsity
-from lib.prune import mask_of
-from lib.sparsegpt import Hessian, solve
+from lib import data
+from lib.models import loading
+from lib.pruning import scores
+from lib.pruning.activations import ActivationNorm, observe
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import mask_of
+from lib.pruning.sparsegpt import Hessian, solve
 
 pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512
@@ -104,12 +106,12 @@ def test_wanda_in_every_block(entered, pruning, compressed, alone):
                 sparsity = Sparsity.parse(pattern, 0.5)
                 expected = theirs.sparsify_weight(linear, {linear: scalars[name].clone()}, *arguments)
                 # Compared as weights: among weights that are zero already, which of them a mask names does not matter.
-                score = metrics.wanda(linear.weight, scalars[name].sqrt())
+                score = scores.wanda(linear.weight, scalars[name].sqrt())
                 same_norms = linear.weight.masked_fill(mask_of(score, sparsity), 0)
                 if not torch.equal(same_norms, expected):
                     assert only_ties_differ(score, same_norms, expected, sparsity.m), f"block {i} {name} {pattern}"
                     ties += 1
-                pruned = linear.weight.masked_fill(mask_of(metrics.wanda(linear.weight, own[name]), sparsity), 0)
+                pruned = linear.weight.masked_fill(mask_of(scores.wanda(linear.weight, own[name]), sparsity), 0)
                 differing, total = differing + (pruned != expected).sum().item(), total + pruned.numel()
                 if pattern == "2:4":
                     assert helpers.tensor_follows_mask_structure(pruned, "2:4")

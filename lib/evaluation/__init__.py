@@ -1,0 +1,1 @@
+"""A model and text in, what it is worth out: perplexity on token windows (perplexity.py)."""

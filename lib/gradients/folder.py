@@ -1,0 +1,196 @@
+"""Gradient norms on disk: one safetensors file per block and an `index.json` that says what made them.
+
+    gradients_aggregrate_norm_l2_model_NAME/
+        block_000.safetensors ...    keys as published, "self_attn.q_proj_layer_0": (out, in), float16 or float32, scale baked in
+        index.json                   written last: provenance, fingerprint of the model, each file's checksum
+
+The published format, one .pth file with a dict of float16 tensors of scale 100, is read too.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.models.checkpoint import replace_file
+from lib.gradients.walk import SCALE
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.json"
+DTYPE_SLACK = 2.0**-7  # one unit in the last place of bfloat16: what running in another dtype may do to a weight
+REMEDY = "compute the gradients again with gradient_computation.py"
+
+
+def folder_of(output_dir: str, llama_version: int, norm: str, model: str) -> Path:
+    """Where the published code puts the norms of a model, without its extension (and with its misspelling)."""
+    name = Path(model.rstrip("/")).name
+    return Path(output_dir, f"llama{llama_version}", f"gradients_aggregrate_norm_{norm}_model_{name}")
+
+
+def key_of(linear: str, block: int) -> str:
+    """The published key of a linear."""
+    return f"{linear}_layer_{block}"
+
+
+class GradientWriter:
+    """Writes a gradient folder under a temporary name and renames it when its index is in place."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float16):
+        self.folder = folder
+        self.dtype = dtype
+        self.partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.files: dict[str, dict] = {}
+        self.fingerprint: dict[str, list[float]] = {}
+        self.total = self.underflow = self.overflow = 0  # norms; of them those that became 0, or were cut, when stored
+
+    def write_block(self, i: int, norms: dict[str, torch.Tensor], fingerprint: dict[str, torch.Tensor]) -> None:
+        """Write the norms {linear: (out, in)} of block `i` and remember the fingerprint of its weights.
+
+        Raises:
+            ValueError: a norm that is NaN or infinite before it is stored.
+        """
+        tensors = {}
+        for name, norm in norms.items():
+            if not norm.amax().isfinite():
+                raise ValueError(f"{key_of(name, i)} holds NaN or infinity: use a smaller --scale, or --dtype float32")
+            stored = norm.to(self.dtype).contiguous()
+            self.total += norm.numel()
+            self.underflow += norm.count_nonzero().item() - stored.count_nonzero().item()
+            if overflow := stored.isinf().sum().item():
+                self.overflow += overflow
+                stored.clamp_(max=torch.finfo(self.dtype).max)
+            tensors[key_of(name, i)] = stored.cpu()
+            self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
+        file = self.partial / f"block_{i:03d}.safetensors"
+        replace_file(file, lambda path: save_file(tensors, path))
+        self.files[file.name] = {"sha256": _checksum(file), "tensors": {key: list(t.shape) for key, t in tensors.items()}}
+
+    def finish(self, provenance: dict) -> None:
+        """Write the index and give the folder its name, in place of an older one. `provenance` must hold the scale."""
+        if self.underflow or self.overflow:
+            logger.warning(
+                "of %d norms stored in %s, %d became 0 and %d were cut to its largest: --norm_dtype float32 keeps more of them",
+                self.total, self.dtype, self.underflow, self.overflow,
+            )  # fmt: skip
+        index = {
+            **provenance,
+            "norm_dtype": str(self.dtype).removeprefix("torch."),
+            "stored_zero": self.underflow,
+            "stored_cut": self.overflow,
+            "files": dict(sorted(self.files.items())),
+            "fingerprint": self.fingerprint,
+        }
+        (self.partial / INDEX).write_text(json.dumps(index, indent=1))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(self.partial, self.folder)
+
+
+class GradientNorms:
+    """Gradient norms on disk, one block at a time: a folder of ours, or a published .pth file.
+
+    Raises:
+        FileNotFoundError: no such path, or a folder without its index. ValueError: not one of the two formats.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.index: dict = {}
+        self.files: dict[str, dict] = {}
+        self.fingerprint: dict[str, list[float]] = {}
+        self.scale = SCALE
+        self.published: dict[str, torch.Tensor] = {}
+        if not self.path.exists():
+            raise FileNotFoundError(f"gradient path {path} does not exist: {REMEDY}")
+        if self.path.is_dir():
+            if not (self.path / INDEX).is_file():
+                inside = [str(index.parent) for index in sorted(self.path.glob(f"**/{INDEX}"))]
+                remedy = f"did you mean {' or '.join(inside)}?" if inside else REMEDY
+                raise FileNotFoundError(f"{path} has no {INDEX}, so it is not a finished result: {remedy}")
+            self.index = json.loads((self.path / INDEX).read_text())
+            self.scale = self.index["scale"]
+            self.files = self.index["files"]
+            self.fingerprint = self.index["fingerprint"]
+        else:
+            try:
+                self.published = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:  # torch raises half a dozen types here
+                raise ValueError(f"{path} is neither a gradient folder nor a published .pth file: {REMEDY}") from error
+            if not isinstance(self.published, dict):
+                raise ValueError(f"{path} holds a {type(self.published).__name__}, not the published dict of tensors: {REMEDY}")
+
+    def block(self, i: int) -> dict[str, torch.Tensor]:
+        """The norms of block `i` as stored: {linear: (out, in)}, mapped."""
+        suffix = key_of("", i)
+        tensors = load_file(self.path / self._file(i)) if self.path.is_dir() else self.published
+        return {key.removesuffix(suffix): tensor for key, tensor in tensors.items() if key.endswith(suffix)}
+
+    def check(self, nblocks: int, shapes: Callable[[int], dict], fingerprint: Callable[[int], dict]) -> None:
+        """Compare all of it with a model, a block at a time; raise ValueError naming the first tensor that is wrong.
+
+        Args:
+            shapes: block index -> {linear: (out, in)} of the model.
+            fingerprint: block index -> {linear: weights} of the model, `Decoder.fingerprint`.
+        """
+        held = len(self.files) or len({key.rpartition("_layer_")[2] for key in self.published})
+        if held != nblocks:
+            raise ValueError(f"{self.path} holds {held} blocks, the model has {nblocks}: it belongs to another model")
+        for i in range(nblocks):
+            keys = {name: key_of(name, i) for name in shapes(i)}
+            if self.path.is_dir():
+                self._check_file(i, keys)
+            norms = self.block(i)
+            for name, shape in shapes(i).items():
+                if name not in norms:
+                    raise ValueError(f"{self.path} has no tensor {keys[name]}: it belongs to another model, or {REMEDY}")
+                if tuple(norms[name].shape) != tuple(shape):
+                    found = tuple(norms[name].shape)
+                    raise ValueError(
+                        f"{keys[name]} in {self.path} is {found}, the model's is {tuple(shape)}: it belongs to another model"
+                    )
+                if not torch.isfinite(norms[name]).all():
+                    raise ValueError(
+                        f"{keys[name]} in {self.path} holds NaN or infinity: {REMEDY}, in --dtype bfloat16 or float32"
+                    )
+            if self.fingerprint:
+                for name, weights in fingerprint(i).items():
+                    if not _same_weights(weights, self.fingerprint.get(keys[name])):
+                        raise ValueError(
+                            f"{keys[name]} in {self.path} was computed for other weights ({self.index.get('model')}): "
+                            f"gradients come from the dense model that is pruned, so {REMEDY}"
+                        )
+
+    def _file(self, i: int) -> str:
+        return f"block_{i:03d}.safetensors"
+
+    def _check_file(self, i: int, keys: dict[str, str]) -> None:
+        file = self._file(i)
+        tensors = ", ".join(keys.values())
+        if file not in self.files or not (self.path / file).is_file():
+            raise ValueError(f"{self.path / file} ({tensors}) is missing: restore it, or {REMEDY}")
+        if _checksum(self.path / file) != self.files[file]["sha256"]:
+            raise ValueError(
+                f"{self.path / file} ({tensors}) is corrupted, its checksum is not the index's: restore it, or {REMEDY}"
+            )
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _same_weights(weights: torch.Tensor, recorded: list[float] | None) -> bool:
+    if recorded is None:
+        return False
+    recorded = torch.tensor(recorded)
+    largest = torch.maximum(weights.abs(), recorded.abs())
+    tiny = torch.finfo(torch.float16).smallest_normal  # below it float16 rounds coarser than DTYPE_SLACK
+    return bool(((weights - recorded).abs() <= DTYPE_SLACK * largest.clamp(min=tiny)).all())

@@ -1,0 +1,235 @@
+"""A causal language model of Hugging Face as head - blocks - tail; the only module that knows how `transformers`' models run.
+
+    head: token embeddings, attention masks, rotary tables     blocks: the decoder layers     tail: final norm, LM head, loss
+
+Head and tail are the model's own forward with the blocks' forward replaced, so sliding windows, embedding scales, logit
+soft-capping and tied heads are the model's own and no family is a special case.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers.cache_utils import Cache
+
+from lib.models.host import mapped, trim_heap
+
+# Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
+# for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
+TAIL_POSITIONS = {"cpu": 64, "cuda": 256}
+FINGERPRINT_VALUES = 16  # weights of each linear that identify it
+
+
+@dataclass
+class State:
+    """One sample on its way through the blocks: `hidden` (B, T, H) and the keyword arguments of every block."""
+
+    hidden: torch.Tensor
+    kwargs: list[dict]
+    mapped: bool = False  # `hidden` is a slot of a file, to be written in place
+
+
+class _Recorded(Exception):
+    """Leaves the model's forward once the last block's arguments are known."""
+
+
+class Decoder:
+    """A causal LM as head - blocks - tail, in memory or (`source` given) with its blocks read from disk as needed.
+
+    Args:
+        model: any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`; its parameters are frozen.
+        device: where the blocks compute. Whatever of the model is in memory must already be there.
+        source: {tensor name: tensor}; the blocks' own tensors are then on the meta device.
+
+    Raises:
+        ValueError: no list of decoder blocks, or a block with weight matrices that are not those of a dense `nn.Linear`.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, source: Mapping[str, torch.Tensor] | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.device = device
+        self.source = source
+        path, self.blocks = _find_blocks(model)
+        self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
+        self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
+        self._returns_tuple = False  # of a block; learnt when one runs
+        for i, block in enumerate(self.blocks):
+            _require_linears(f"{path}.{i}", block)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def linears(self, i: int) -> dict[str, nn.Linear]:
+        """{path inside the block: linear} of block `i`."""
+        return {name: module for name, module in self.blocks[i].named_modules() if isinstance(module, nn.Linear)}
+
+    def shapes(self, i: int) -> dict[str, torch.Size]:
+        """{linear: (out, in)} of block `i`."""
+        return {name: linear.weight.shape for name, linear in self.linears(i).items()}
+
+    def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
+        """A few weights of each linear of block `i`, evenly spaced, fp32 on the CPU: {linear: (FINGERPRINT_VALUES,)}."""
+        values = {}
+        for name, linear in self.linears(i).items():
+            weight = self.source[f"{self.prefixes[i]}{name}.weight"] if self.source else linear.weight
+            where = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+            values[name] = weight.flatten()[where.to(weight.device)].float().cpu()
+        return values
+
+    @contextmanager
+    def resident(self, i: int) -> Iterator[nn.Module]:
+        """Inside the context, block `i`'s weights are on the compute device. Changes to streamed weights do not outlive it."""
+        block = self.blocks[i]
+        if self.source is None:
+            yield block
+            return
+        names = list(block.state_dict())
+        try:
+            for name in names:
+                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, copy=True)
+                set_module_tensor_to_device(block, name, self.device, value=value)
+            yield block
+        finally:
+            for name in names:
+                set_module_tensor_to_device(block, name, "meta")
+            trim_heap()
+
+    @torch.no_grad()
+    def enter(self, tokens: torch.Tensor) -> State:
+        """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""
+        calls: list[tuple[torch.Tensor, dict]] = []
+
+        def recorder(block: nn.Module):
+            parameters = signature(type(block).forward).parameters.values()
+            names = [parameter.name for parameter in parameters][1:]  # without self
+
+            def record(*args, **kwargs):
+                bound = dict(zip(names, args, strict=False)) | kwargs
+                hidden = bound.pop(names[0])
+                # A live cache would collect keys across samples.
+                calls.append((hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}))
+                if len(calls) == len(self.blocks):
+                    raise _Recorded
+                return calls[0][0]  # not `hidden`: a model that unpacks a tuple would hand on less of it from block to block
+
+            return record
+
+        with self._blocks_replaced([recorder(block) for block in self.blocks]):
+            try:
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+            except _Recorded:
+                pass
+        kwargs = [call for _, call in calls]
+        if not _equal(kwargs, self._kwargs, {}):
+            self._kwargs = kwargs
+        return State(calls[0][0], self._kwargs)
+
+    def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
+        """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
+        states: list[State] = []
+        slots = None
+        for k, window in enumerate(windows):
+            state = self.enter(window[None])
+            if in_memory is not None and len(windows) > in_memory:
+                if slots is None:
+                    slots = mapped((len(windows), *state.hidden.shape), state.hidden.dtype)
+                state.hidden, state.mapped = slots[k].copy_(state.hidden), True
+            states.append(state)
+        return states
+
+    def run(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Block `i`, which must be resident: (B, T, H) to (B, T, H)."""
+        output = self.blocks[i](hidden, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        return output[0] if self._returns_tuple else output
+
+    @torch.no_grad()
+    def advance(self, i: int, states: list[State]) -> None:
+        """Send every state through block `i`, which must be resident, in place."""
+        for state in states:
+            output = self.run(i, state.hidden.to(self.device), state.kwargs[i])
+            state.hidden = state.hidden.copy_(output) if state.mapped else output
+
+    def tail(self, hidden: torch.Tensor, tokens: torch.Tensor, loss_scale: float | None = None):
+        """The model's own mean cross-entropy of `tokens` (B, T) given the last block's output `hidden` (B, T, H).
+
+        Returns (loss, None), or with a `loss_scale` (loss, d(loss * loss_scale) / d hidden). The logits of only
+        TAIL_POSITIONS positions exist at a time: norm, head and loss treat every position alone.
+        """
+        targets = tokens.shape[1] - 1
+        tokens = tokens.to(self.device)
+        total = torch.zeros((), device=self.device)
+        gradient = None if loss_scale is None else torch.zeros_like(hidden)
+        positions = TAIL_POSITIONS[self.device.type]
+        for start in range(0, targets, positions):
+            stop = min(start + positions, targets)
+            span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
+            part = hidden[:, span].detach()
+            output = (part,) if self._returns_tuple else part
+            with (
+                torch.set_grad_enabled(gradient is not None),
+                self._blocks_replaced([lambda *args, output=output, **kwargs: output] * len(self.blocks)),
+            ):
+                part.requires_grad_(gradient is not None)
+                loss = self.model(input_ids=tokens[:, span], labels=tokens[:, span], use_cache=False).loss
+                loss = loss * ((stop - start) / targets)
+                if gradient is not None:
+                    gradient[:, span] += torch.autograd.grad(loss * loss_scale, part)[0]
+            total += loss.detach()
+        return total, gradient
+
+    @contextmanager
+    def _blocks_replaced(self, forwards: list) -> Iterator[None]:
+        # On the instance, so that a model that asks a block for its attributes still finds them.
+        try:
+            for block, forward in zip(self.blocks, forwards, strict=True):
+                block.forward = forward
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return next(name for name, other in model.named_modules() if other is module), module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks: this project prunes decoder-only models")
+
+
+def _require_linears(path: str, block: nn.Module) -> None:
+    linear = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim > 1 and id(parameter) not in linear:
+            owner = type(block.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
+                "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
+            )
+        if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
+            raise ValueError(
+                f"{path}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it was made from"
+            )
+
+
+def _equal(a, b, known: dict[tuple[int, int], bool]) -> bool:
+    """Whether two nested arguments hold the same values. `known`: of tensors compared before, which blocks share."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        pair = id(a), id(b)
+        if pair not in known:
+            known[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return known[pair]
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
+    return a == b

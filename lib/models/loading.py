@@ -1,0 +1,179 @@
+"""A model's name to a `Decoder`: in memory, or its blocks left in the checkpoint; on which device and in which dtype."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers.utils import cached_file
+
+from lib.models import checkpoint
+from lib.models.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str, *, dtype: str = "auto", device: str | torch.device = "auto", streamed: bool = False, cache_dir: str | None = None
+) -> Decoder:
+    """Load a local or hub model for inference and pruning.
+
+    `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
+    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's safetensors.
+
+    Raises:
+        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without matching safetensors.
+    """
+    device = resolve_device(device)
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    run_dtype = resolve_dtype(dtype, config, device)
+    if not streamed:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=run_dtype, cache_dir=cache_dir, device_map={"": device} if device.type != "cpu" else None
+        )
+        return Decoder(model, device)
+
+    decoder = on_disk(name, dtype=run_dtype, device=device, cache_dir=cache_dir)
+    model, path = decoder.model, decoder.prefixes[0].removesuffix("0.")
+    for key in saved_names(decoder):
+        if not key.startswith(path):
+            set_module_tensor_to_device(model, key, device, value=decoder.source[key].to(device, run_dtype, copy=True))
+    model.tie_weights(recompute_mapping=False)  # as `on_disk` found them
+    for key, buffer in model.named_buffers():
+        if buffer.device.type != "meta":
+            set_module_tensor_to_device(model, key, device, value=buffer)
+    return decoder
+
+
+def check_name(name: str) -> None:
+    """Raise FileNotFoundError if `name` can only be a folder, not a name on the hub (OWNER/NAME), and is none."""
+    if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name} is not a folder, and cannot be a model on the hub: those are called OWNER/NAME")
+
+
+def outline(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    source=None,
+    cache_dir: str | None = None,
+) -> Decoder:
+    """A model with its parameters on the meta device: names and shapes, from its config alone.
+
+    Raises:
+        ValueError: a model this project cannot prune (see `Decoder`). OSError: no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    except OSError as error:  # not there, not public, or no network: transformers says which
+        raise OSError(f"{name} cannot be read: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return Decoder(model, torch.device(device), source)
+
+
+def on_disk(
+    name: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", cache_dir: str | None = None
+) -> Decoder:
+    """A model all of whose tensors are still in its checkpoint's safetensors, `source`.
+
+    Raises:
+        ValueError: no safetensors, or under other names than the model's; or a model that cannot be pruned.
+    """
+    source = checkpoint.open_checkpoint(name, cache_dir)
+    remedy = "save it once with transformers (model.save_pretrained), or, to prune it, use --memory resident"
+    if source is None:
+        raise ValueError(f"{name} has no safetensors files to read blocks from: {remedy}")
+    decoder = outline(name, dtype=dtype, device=device, source=source, cache_dir=cache_dir)
+    for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
+        # A config may say "tied" of weights that are not: like transformers, believe the weights.
+        if tied in source and other in source and not torch.equal(source[tied], source[other]):
+            del decoder.model.all_tied_weights_keys[tied]
+    if missing := [key for key in saved_names(decoder) if key not in source]:
+        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
+    return decoder
+
+
+def load_tokenizer(name: str, cache_dir: str | None = None):
+    """The model's own tokenizer.
+
+    A LLaMA checkpoint with nothing but SentencePiece's `tokenizer.model` is read as the published code read it: with BOS
+    unless its config says otherwise, whatever that calls the class (conversions of LLaMA-1 say "LLaMATokenizer", and some
+    have empty special tokens). transformers 5 alone would leave BOS out and split the first word differently.
+    """
+
+    def find(file: str) -> str | None:
+        return cached_file(name, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    if config.model_type != "llama" or not find("tokenizer.model") or find("tokenizer.json"):
+        return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    path = find("tokenizer_config.json")
+    said = json.loads(Path(path).read_text()) if path else {}
+    missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
+    return LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
+
+
+def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
+    """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
+    if decoder.source is not None:
+        return decoder.source
+    own = checkpoint.open_checkpoint(name, cache_dir)
+    state = decoder.model.state_dict()
+    if own is not None and all(key in own for key in saved_names(decoder)):
+        return own
+    logger.warning("%s has no safetensors under the model's names: it is saved in %s", name, decoder.model.dtype)
+    return state
+
+
+def saved_config(name: str, dtype: torch.dtype, cache_dir: str | None = None):
+    """The checkpoint's own config, for weights saved in `dtype`."""
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    config.dtype = dtype
+    return config
+
+
+def saved_names(decoder: Decoder) -> list[str]:
+    """The tensors a checkpoint must hold: all of the state but those that are tied to another."""
+    tied = set(getattr(decoder.model, "all_tied_weights_keys", {}))
+    return [key for key in decoder.model.state_dict() if key not in tied]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: a GPU that is not there, or another kind of device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device} is none of auto, cpu, cuda and cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device} is neither a CPU nor a GPU of torch.cuda: use --device cpu")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
+    """The torch dtype for a --dtype value; see `load`."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return getattr(config, "dtype", None) or torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32

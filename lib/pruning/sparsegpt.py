@@ -1,0 +1,75 @@
+"""SparseGPT (arXiv 2301.00774): the Hessian of a linear's reconstruction error in, a pruned and updated weight out."""
+
+import torch
+
+from lib.pruning import masks
+
+COLUMN_BLOCK = 128  # columns solved together; the update of all columns to their right is then one matrix product
+DAMPING = 0.01  # of the Hessian's mean diagonal, so that its Cholesky factor exists
+
+
+class Hessian:
+    """Accumulates `sum_s X_s X_s^T` of a linear's inputs: (in, in), fp32."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs of any leading shape, (..., in)."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.total.addmm_(rows.T, rows)
+
+    def result(self, nsamples: int) -> torch.Tensor:
+        """`H = (2 / n) * sum_s X_s X_s^T`, n in sequences; (in, in)."""
+        return self.total * (2 / nsamples)
+
+
+def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity) -> torch.Tensor:
+    """Prune by optimal brain surgery: remove the weights of lowest `w^2 / diag(H^-1)^2`, update those that remain.
+
+    Args:
+        weight: (out, in), any float dtype; unchanged.
+        hessian: (in, in) fp32, consumed.
+        sparsity: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights).
+
+    Returns:
+        The new weight, (out, in), in the dtype of `weight`.
+
+    Raises:
+        ValueError: the damped Hessian is not positive definite (non-finite activations).
+    """
+    w = weight.float().clone()
+    dead = hessian.diagonal() == 0  # inputs that were never active
+    hessian.diagonal()[dead] = 1
+    w[:, dead] = 0
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # upper factor of H^-1
+    if failed | failed_too:
+        raise ValueError("the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples")
+
+    width = w.shape[1]
+    step = max(COLUMN_BLOCK - COLUMN_BLOCK % sparsity.m, sparsity.m) if sparsity.m else COLUMN_BLOCK  # whole groups
+    for start in range(0, width, step):
+        columns = slice(start, min(start + step, width))
+        w_block, inv_block = w[:, columns], inverse[columns, columns]
+        scale = inv_block.diagonal().square()
+        errors = torch.zeros_like(w_block)
+        if sparsity.m:
+            mask = torch.zeros_like(w_block, dtype=torch.bool)
+        elif sparsity.ratio == 0:
+            break
+        else:
+            mask = masks.whole_matrix(w_block.square() / scale, sparsity.ratio)
+        for j in range(w_block.shape[1]):
+            if sparsity.m and j % sparsity.m == 0:
+                group = slice(j, j + sparsity.m)
+                mask[:, group] = masks.n_of_m(w_block[:, group].square() / scale[group], sparsity.n, sparsity.m)
+            removed = mask[:, j]
+            error = torch.where(removed, w_block[:, j] / inv_block[j, j], 0)
+            # Row j of the factor spreads the error over the block's later columns; its first entry zeroes column j.
+            w_block[:, j:] -= torch.outer(error, inv_block[j, j:])
+            w_block[:, j].masked_fill_(removed, 0)  # exactly, not to rounding
+            errors[:, j] = error
+        w[:, columns.stop :] -= errors @ inverse[columns, columns.stop :]
+    return w.to(weight.dtype)

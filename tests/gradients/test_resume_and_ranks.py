@@ -1,0 +1,202 @@
+"""Runs that are killed and go on, and runs of several processes."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, random_windows, tiny_decoder
+from test_commands import run
+from test_walk import SCALE, largest_difference, ours
+
+from lib import parallel
+from lib.gradients import work as work_module
+from lib.gradients.work import GradientWork
+from lib.gradients.walk import gradient_norms
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import prune
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch):
+    monkeypatch.setattr(work_module, "SAVED_AFTER", 0)
+    monkeypatch.setattr(work_module, "SAVING_SHARE", math.inf)
+    windows, options = random_windows(7), {"scale": SCALE, "keep_graph": keep_graph, "group": 2}
+    expected = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, **options)}
+    settings = {"norms": ["l1", "l2"], "scale": SCALE, "seed": 0}
+    work = GradientWork(tmp_path / "work", settings, CPU)
+    commit, commits = work.commit, []
+
+    def die_at_the_third(done, missing):
+        commits.append(done)
+        if len(commits) == 3:
+            raise KeyboardInterrupt
+        commit(done, missing)
+
+    work.commit = die_at_the_third
+    with pytest.raises(KeyboardInterrupt):
+        list(gradient_norms(tiny_decoder(), windows, work=work, **options))
+    if keep_graph:
+        assert commits == [1, 2, 3]
+    else:
+        assert commits == [2, 4, 6]
+    with pytest.raises(ValueError, match=r"another run has its sums in .*work: .*another --output_dir"):
+        GradientWork(tmp_path / "work", settings, CPU, resume=True)
+    work.lock.close()  # as when its process dies
+    again = GradientWork(tmp_path / "work", settings, CPU, resume=True)
+    assert again.done == commits[1] and sorted(again) == [0, 1, 2]
+    resumed = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, work=again, **options)}
+    assert all(torch.equal(expected[i][name], resumed[i][name]) for i in expected for name in expected[i])
+    with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*without --resume"):
+        GradientWork(tmp_path / "work", {**settings, "seed": 1}, CPU, resume=True)
+    again.lock.close()
+    assert GradientWork(tmp_path / "work", settings, CPU).done == 0  # without resume: from the start
+
+
+def test_sums_in_memory_are_saved_when_much_work_could_be_lost_and_not_more_often_than_it_is_worth(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(work_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    work = GradientWork(tmp_path / "work", {"norms": ["l2"], "scale": 1.0}, CPU)
+    due = []
+    monkeypatch.setattr(work, "commit", lambda done, missing: clock.__setitem__(0, clock[0] + 20))  # saving takes 20 seconds
+    for second in range(600):
+        clock[0] += 1
+        if work.due():
+            due.append(second)
+            work.save({}, second, {})
+    assert due == [59, 259, 459]
+
+
+@pytest.fixture
+def command(saved_model, documents, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    return [
+        "gradient_computation.py", "--model", saved_model, "--dataset", text, "--nsamples", 24, "--seq_length", 16, "--cache_dir", tmp_path,
+        "--dtype", "float32", "--memory", "streamed", "--activation_memory", 1e-6, "--norms", "l2", "--output_dir",
+    ]  # fmt: skip
+
+
+def wait_for(condition, process, seconds: float = 60):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def samples_done(output: Path) -> int:
+    state = output / "llama2" / "gradients_aggregrate_norm_work_model_tiny-llama.rank0" / "state.json"
+    return json.loads(state.read_text())["done"] if state.exists() else 0
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(command, tmp_path, caplog):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*command, whole)
+    process = start(*command, killed)
+    wait_for(lambda: samples_done(killed) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(killed.rglob("index.json"))
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+        run(*command, killed, "--resume", "--seed", 1)
+    caplog.set_level(logging.INFO)
+    run(*command, killed, "--resume")
+    assert "going on after" in caplog.text
+    assert contents(killed) == contents(whole)
+
+
+def of_one_rank(rank, world, port, folder):
+    """What each of `world` processes does: gradients, then wanda, on its share of five windows."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    parallel.start(CPU)
+    windows = random_windows(5)
+    norms = ours(tiny_decoder(), parallel.share(windows))
+    pruned = {}
+    for method in ("wanda", "sparsegpt"):
+        decoder = tiny_decoder()
+        prune(decoder, windows, method=method, sparsity=Sparsity.parse("2:4"))
+        pruned[method] = decoder.model.state_dict()
+    torch.save((norms, pruned), f"{folder}/rank{rank}.pt")
+    parallel.stop()
+
+
+def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
+    torch.multiprocessing.spawn(of_one_rank, (2, 29511, str(tmp_path)), nprocs=2)
+    norms = ours(tiny_decoder(), random_windows(5))
+    (one, pruned), (two, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert largest_difference(one, norms) < 1e-6 and largest_difference(two, norms) < 1e-6
+    for method, weights in pruned.items():
+        assert all(torch.equal(weights[name], others[method][name]) for name in weights)  # all ranks end alike
+        alone = tiny_decoder()
+        prune(alone, random_windows(5), method=method, sparsity=Sparsity.parse("2:4"))
+        expected = alone.model.state_dict()
+        differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in weights)
+        assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3
+
+
+def test_main_with_two_processes(saved_model, documents, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    command = [
+        "main.py", "--model", saved_model, "--dataset", text, "--eval_dataset", text, "--nsamples", 5, "--seq_length", 16,
+        "--cache_dir", tmp_path, "--dtype", "float32", "--prune_method", "wanda", "--sparsity_type", "2:4",
+    ]  # fmt: skip
+    saved = ["--memory", "streamed", "--save", tmp_path / "two", "--save_model", tmp_path / "two" / "model"]
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, *saved)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    run(*command, "--save", tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["perplexity"]["dense"] == pytest.approx(one["perplexity"]["dense"], rel=1e-6)
+    assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=1e-3)  # a near tie may differ
+    assert printed.count("pruned perplexity") == 1
+    index = json.loads((tmp_path / "two" / "model" / "model.safetensors.index.json").read_text())
+    assert all((tmp_path / "two" / "model" / shard).is_file() for shard in index["weight_map"].values())
+
+
+def test_a_rank_that_dies_ends_the_run(command, tmp_path):
+    folder = tmp_path / "gradients"
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, folder)
+    wait_for(lambda: samples_done(folder), process)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "gradient_computation.py" in " ".join(child.cmdline())
+    ]
+    ranks[-1].kill()
+    assert process.wait(timeout=60) != 0
+    assert not list(folder.rglob("index.json"))
+
+
+def test_more_processes_than_samples(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 25)
+    with pytest.raises(ValueError, match="--nsamples 24 for 25 processes"):
+        run(*command, tmp_path / "gradients")
