@@ -29,7 +29,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
 
     Args:
         weight: (out, in), any float dtype; unchanged.
-        hessian: (in, in) fp32, consumed.
+        hessian: (in, in), consumed. The solve runs in its dtype, fp32 as `Hessian` gives it.
         sparsity: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights).
 
     Returns:
@@ -38,7 +38,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
     Raises:
         ValueError: the damped Hessian is not positive definite (non-finite activations).
     """
-    w = weight.float().clone()
+    w = weight.to(hessian.dtype, copy=True)
     dead = hessian.diagonal() == 0  # inputs that were never active
     hessian.diagonal()[dead] = 1
     w[:, dead] = 0
