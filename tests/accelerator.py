@@ -179,6 +179,15 @@ _library = torch.library.Library("aten", "IMPL")
 for _name in FACTORIES:
     _base, _, _overload = _name.partition(".")
     _library.impl(_name, _factory(getattr(getattr(aten, _base), _overload or "default")), "PrivateUse1")
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """How torch.tensor([...], device=...), and an index given as a list, reach a device."""
+    DeviceTensor.__torch_dispatch__(aten.copy_.default, (), (target, source, non_blocking))
+    return target
+
+
+_library.impl("_copy_from", _copy_from, "PrivateUse1")
 # For these a GPU has a kernel, and a device without one gets a formula of several operators, which round otherwise.
 for _name in ("silu_backward", "mish_backward"):
     _library.impl(_name, lambda *args: None, "PrivateUse1")  # never runs: DeviceTensor is asked before
