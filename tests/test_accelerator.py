@@ -115,7 +115,7 @@ PRUNING = [
     for pattern in ("unstructured", "2:4", "8:16")
     for variant in (False, True)
     for inverse in (False, True)
-    if (METHODS[method].variant and pattern == "unstructured" or not variant) and (METHODS[method].inverse or not inverse)
+    if ((METHODS[method].variant and pattern == "unstructured") or not variant) and (METHODS[method].inverse or not inverse)
 ]
 
 

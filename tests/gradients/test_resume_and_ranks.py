@@ -20,8 +20,8 @@ from test_walk import SCALE, largest_difference, ours
 
 from lib import parallel
 from lib.gradients import work as work_module
-from lib.gradients.work import GradientWork
 from lib.gradients.walk import gradient_norms
+from lib.gradients.work import GradientWork
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import prune
 
