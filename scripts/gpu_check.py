@@ -20,11 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from lib.evaluation.perplexity import perplexity

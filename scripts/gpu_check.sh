@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+export HF_HUB_OFFLINE=1
 exec python scripts/gpu_check.py "$@"
