@@ -32,7 +32,7 @@ def perplexity(
     not depend on it at all. Several processes share the windows.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
-    own, size = parallel.share(windows), max(batch, group // batch * batch)
+    own, size = parallel.share(windows).to(decoder.device), max(batch, group // batch * batch)
     with tqdm(total=len(own), desc=progress, unit="window", disable=None) as bar:
         for start in range(0, len(own), size):  # not split(): a process may have no window at all
             parts = own[start : start + size].split(batch)

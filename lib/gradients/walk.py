@@ -82,7 +82,7 @@ def gradient_norms(
     for i in range(len(decoder)):
         for linear in decoder.linears(i).values():
             linear.weight.requires_grad_(True)  # nothing but the blocks' linears ever gets a gradient
-    work = InMemory() if work is None else work
+    work, windows = InMemory() if work is None else work, windows.to(decoder.device)
     walk = _Walk(decoder, norms, scale, keep_graph, work.missing)
     done = work.done
     with tqdm(
@@ -114,6 +114,26 @@ def gradient_norms(
     work.missing = walk.report_missing(len(windows))  # of all processes, now that this one's are no longer needed
 
 
+class _Checks:
+    """Numbers that must be finite: collected where they are, and looked at together, since looking waits for a GPU."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+        self.values: list[torch.Tensor] = []
+
+    def add(self, message: str, value: torch.Tensor) -> None:
+        """`message` says what a non-finite `value` (a scalar) would mean, and may show it as {}."""
+        self.messages.append(message)
+        self.values.append(value)
+
+    def settle(self) -> None:
+        """Raise ValueError if a value is not finite: for the one that was added first."""
+        for message, value in zip(self.messages, torch.stack(self.values).tolist() if self.values else (), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"{message.format(value)}: {_REMEDY}")
+        self.__init__()
+
+
 class _Walk:
     """Groups of samples through the blocks and back."""
 
@@ -130,24 +150,25 @@ class _Walk:
         decoder = self.decoder
         states = [decoder.enter(window[None]) for window in chunk]
         borders = [self._forward(i, states) for i in range(len(decoder))]
+        checks = _Checks()
         upstream = [
-            self._tail(state, window[None], first + s) for s, (state, window) in enumerate(zip(states, chunk, strict=True))
+            self._tail(state, window[None], first + s, checks)
+            for s, (state, window) in enumerate(zip(states, chunk, strict=True))
         ]
         for i in reversed(range(len(decoder))):
             linears = decoder.linears(i)
             with decoder.resident(i):
                 sums = kept.get(i) or BlockSums(self.norms, self.scale)
-                border, finite = borders.pop(), []
+                border = borders.pop()
                 for s, state in enumerate(states):
                     inputs, output = border[s]
                     border[s] = None  # the graph of a sample goes with its gradients
                     if output is None:
                         output = self._with_graph(i, inputs, state)
-                    upstream[s] = self._backward(i, linears, sums, inputs, output, upstream[s], first + s, finite)
+                    upstream[s] = self._backward(i, linears, sums, inputs, output, upstream[s], first + s, checks)
                     del inputs, output
-                if finite and not torch.stack(finite).all():  # one look at the device per block
-                    sample = first + torch.stack(finite).logical_not().nonzero()[0].item()
-                    raise ValueError(f"sample {sample} gives a non-finite gradient in block {i}: {_REMEDY}")
+            if not self.keep_graph or i == 0:  # a kept graph goes on to the next block, sums that leave are sound
+                checks.settle()
             yield i, sums
 
     def _forward(self, i: int, states: list[State]) -> list[tuple]:
@@ -170,31 +191,33 @@ class _Walk:
         # Block 0's inputs too, although nobody wants their gradient: they give a block that skips its linears a graph as well.
         return self.decoder.run(i, inputs.requires_grad_(), state.kwargs[i])
 
-    def _tail(self, state: State, tokens: torch.Tensor, sample: int) -> tuple[torch.Tensor, float]:
+    def _tail(self, state: State, tokens: torch.Tensor, sample: int, checks: "_Checks") -> tuple[torch.Tensor, float]:
         """dL/dhidden of the last block's output, multiplied by a loss scale, and that scale."""
         hidden, state.hidden = state.hidden, None
         loss_scale = LOSS_SCALE if self.scaled else 1.0
         while True:
             loss, gradient = self.decoder.tail(hidden, tokens, loss_scale)
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"sample {sample} has a loss of {loss.item()}: {_REMEDY}")
-            if not self.scaled or torch.isfinite(gradient).all():
+            checks.add(f"sample {sample} has a loss of {{}}", loss)
+            if not self.scaled:
+                return gradient, loss_scale
+            checks.settle()
+            if torch.isfinite(gradient).all():
                 return gradient, loss_scale
             loss_scale = self._lower(loss_scale, sample, "the LM head")
 
-    def _backward(self, i, linears, sums, inputs, output, upstream, sample, finite):
+    def _backward(self, i, linears, sums, inputs, output, upstream, sample, checks):
         """One sample through block `i`: add its gradients to the sums, return the upstream gradient of block i - 1."""
         gradient, loss_scale = upstream
         wanted = [*(linear.weight for linear in linears.values()), inputs]
         while True:
             grads = torch.autograd.grad(output, wanted, gradient, allow_unused=True, retain_graph=self.scaled)
             # The sum is finite if and only if every entry is: one pass, where isfinite() takes four.
-            sound = torch.stack([grad.sum(dtype=torch.float32) for grad in grads if grad is not None]).isfinite().all()
+            size = torch.stack([grad.sum(dtype=torch.float32) for grad in grads if grad is not None]).abs().amax()
             if not self.scaled:
-                finite.append(sound)
+                checks.add(f"sample {sample} gives a non-finite gradient in block {i}", size)
                 break
-            sound, largest = torch.stack([sound.float(), grads[-1].abs().amax().float()]).tolist()
-            if sound:
+            size, largest = torch.stack([size, grads[-1].abs().amax().float()]).tolist()
+            if math.isfinite(size):
                 break
             lowered = self._lower(loss_scale, sample, f"block {i}")
             gradient, loss_scale = gradient * (lowered / loss_scale), lowered

@@ -76,8 +76,9 @@ class GradientWork(MutableMapping):
         if not self.done:
             raise KeyError(i)
         sums = BlockSums(self.settings["norms"], self.settings["scale"])
-        for key, total in load_file(file, device=str(self.device)).items():
+        for key, total in load_file(file).items():
             norm, layout, name = key.split("/")
+            total = total.to(self.device, non_blocking=True)  # from a mapped file
             sums.totals[norm][name] = total.T if layout == "transposed" else total
         return sums
 

@@ -20,7 +20,7 @@ from lib.models.host import mapped, trim_heap
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
-TAIL_POSITIONS = {"cpu": 64, "cuda": 256}
+TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
 FINGERPRINT_VALUES = 16  # weights of each linear that identify it
 
 
@@ -73,12 +73,13 @@ class Decoder:
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each linear of block `i`, evenly spaced, fp32 on the CPU: {linear: (FINGERPRINT_VALUES,)}."""
-        values = {}
-        for name, linear in self.linears(i).items():
-            weight = self.source[f"{self.prefixes[i]}{name}.weight"] if self.source else linear.weight
-            where = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-            values[name] = weight.flatten()[where.to(weight.device)].float().cpu()
-        return values
+        linears = self.linears(i)
+        weights = [self.source[f"{self.prefixes[i]}{name}.weight"] if self.source else linears[name].weight for name in linears]
+        where = torch.stack(
+            [torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long() for weight in weights]
+        ).to(weights[0].device)
+        values = torch.stack([weight.flatten()[own].float() for weight, own in zip(weights, where, strict=True)])
+        return dict(zip(linears, values.cpu(), strict=True))
 
     @contextmanager
     def resident(self, i: int) -> Iterator[nn.Module]:
@@ -90,8 +91,9 @@ class Decoder:
         names = list(block.state_dict())
         try:
             for name in names:
-                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, copy=True)
-                set_module_tensor_to_device(block, name, self.device, value=value)
+                # From a mapped file, whose pages the driver has taken when the call returns: nobody need wait for the copy.
+                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, non_blocking=True, copy=True)
+                set_module_tensor_to_device(block, name, self.device, value=value, clear_cache=False)
             yield block
         finally:
             for name in names:
@@ -124,14 +126,14 @@ class Decoder:
             except _Recorded:
                 pass
         kwargs = [call for _, call in calls]
-        if not _equal(kwargs, self._kwargs, {}):
+        if not _equal(kwargs, self._kwargs):
             self._kwargs = kwargs
         return State(calls[0][0], self._kwargs)
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
         """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
         states: list[State] = []
-        slots = None
+        slots, windows = None, windows.to(self.device)
         for k, window in enumerate(windows):
             state = self.enter(window[None])
             if in_memory is not None and len(windows) > in_memory:
@@ -164,7 +166,7 @@ class Decoder:
         tokens = tokens.to(self.device)
         total = torch.zeros((), device=self.device)
         gradient = None if loss_scale is None else torch.zeros_like(hidden)
-        positions = TAIL_POSITIONS[self.device.type]
+        positions = TAIL_POSITIONS["cpu" if self.device.type == "cpu" else "gpu"]
         for start in range(0, targets, positions):
             stop = min(start + positions, targets)
             span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
@@ -217,19 +219,26 @@ def _require_linears(path: str, block: nn.Module) -> None:
             )
 
 
-def _equal(a, b, known: dict[tuple[int, int], bool]) -> bool:
-    """Whether two nested arguments hold the same values. `known`: of tensors compared before, which blocks share."""
+def _equal(a, b) -> bool:
+    """Whether two nested arguments hold the same values. A GPU is asked once, for all tensors in them."""
+    pairs: dict[tuple[int, int], torch.Tensor] = {}
+    return _alike(a, b, pairs) and (not pairs or torch.stack(list(pairs.values())).all().item())
+
+
+def _alike(a, b, pairs: dict[tuple[int, int], torch.Tensor]) -> bool:
+    """Whether two nested arguments may be equal: if all `pairs` of tensors in them are, which blocks share."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        pair = id(a), id(b)
-        if pair not in known:
-            known[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-        return known[pair]
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        if (id(a), id(b)) not in pairs:
+            pairs[id(a), id(b)] = (a == b).all()
+        return True
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_alike(x, y, pairs) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
+        return a.keys() == b.keys() and all(_alike(a[key], b[key], pairs) for key in a)
     return a == b

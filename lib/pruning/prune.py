@@ -83,24 +83,27 @@ def prune(
             chosen = {name: linears[name] for name in targets.get(i, ())}
             statistics = _observe(decoder, i, chosen, states, rule.statistic, len(windows)) if rule.statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
+            sound: dict[str, torch.Tensor] = {}  # linear -> whether what its mask was decided by is finite
             for name, linear in chosen.items():
-                try:
-                    if rule.score is None:
-                        linear.weight.copy_(sparsegpt.solve(linear.weight, statistics[name], targets[i][name]))
-                        continue
-                    factors = {}
-                    if rule.statistic:
-                        factors["x_norm"] = statistics[name]
-                    if rule.gradients:
-                        factors["grad_norm"] = norms[name].to(linear.weight.device)
-                    score = rule.inverse if gradient_inv else rule.score
-                    if score is scores.gblm:
-                        factors["alpha"] = alpha
-                    mask = mask_of(score(linear.weight, **factors), targets[i][name], rule.group, use_variant)
-                except ValueError as error:
-                    raise ValueError(f"{decoder.prefixes[i]}{name}: {error}") from error
-                linear.weight.masked_fill_(mask, 0)
-            zeros[i] = {name: _count_zeros(linear.weight) for name, linear in linears.items()}
+                if rule.score is None:
+                    linear.weight.copy_(sparsegpt.solve(linear.weight, statistics[name], targets[i][name]))
+                    sound[name] = linear.weight.isfinite().all()
+                    continue
+                factors = {}
+                if rule.statistic:
+                    factors["x_norm"] = statistics[name]
+                if rule.gradients:
+                    factors["grad_norm"] = norms[name].to(linear.weight.device, non_blocking=True)
+                measure = rule.inverse if gradient_inv else rule.score
+                if measure is scores.gblm:
+                    factors["alpha"] = alpha
+                score = measure(linear.weight, **factors)
+                sound[name] = score.amax().isfinite()  # scores are not negative, and NaN is larger than all
+                linear.weight.masked_fill_(mask_of(score, targets[i][name], rule.group, use_variant), 0)
+            zeros[i], broken = _look(linears, sound)
+            if broken:
+                remedy = _SCORE_REMEDY if rule.score else _SOLVER_REMEDY
+                raise ValueError(f"{decoder.prefixes[i]}{broken[0]}: {remedy}")
             finished(i, block)
             if i + 1 < len(decoder):
                 decoder.advance(i, states)
@@ -108,15 +111,7 @@ def prune(
 
 
 def mask_of(score: torch.Tensor, sparsity: Sparsity, group: str = "row", use_variant: bool = False) -> torch.Tensor:
-    """The mask (True = remove) a method's comparison group and a sparsity ask for, (out, in).
-
-    Raises:
-        ValueError: a score that is NaN or infinite.
-    """
-    if not score.amax().isfinite():  # scores are not negative, and NaN is larger than all
-        raise ValueError(
-            "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
-        )
+    """The mask (True = remove) a method's comparison group and a sparsity ask for, (out, in)."""
     if sparsity.m:
         return n_of_m(score, sparsity.n, sparsity.m)
     if sparsity.ratio == 0:
@@ -147,5 +142,16 @@ def _observe(
     return {name: seen.result(nsamples) for name, seen in observed.items()}
 
 
-def _count_zeros(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.numel() - torch.count_nonzero(weight).item(), weight.numel()
+def _look(linears: dict[str, nn.Linear], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """A block's (zeros, weights) per linear, and the names of those that are not sound: one wait for the device."""
+    nonzero = [torch.count_nonzero(linear.weight) for linear in linears.values()]
+    numbers = torch.stack([*nonzero, *sound.values()]).tolist()
+    zeros = {
+        name: (linear.weight.numel() - count, linear.weight.numel())
+        for (name, linear), count in zip(linears.items(), numbers, strict=False)
+    }
+    return zeros, [name for name, flag in zip(sound, numbers[len(linears) :], strict=True) if not flag]
+
+
+_SCORE_REMEDY = "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
+_SOLVER_REMEDY = "the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples"
