@@ -237,7 +237,8 @@ def prune_model(run: Run) -> Zeros:
 
         def finished(i: int, block: torch.nn.Module) -> None:
             if written and i in run.targets:
-                written.write_block(decoder.prefixes[i], block, {f"{name}.weight" for name in run.targets[i]})
+                matrices = decoder.linears(i) | decoder.routers(i)
+                written.write_block(decoder.prefixes[i], block, {matrices[name].tensor_name for name in run.targets[i]})
 
         with run.phases("prune"):
             zeros = prune(

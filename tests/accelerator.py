@@ -40,8 +40,29 @@ LOOKS = {
 }
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COPIES = {aten._to_copy.default, aten.copy_.default}
-FACTORIES = """empty.memory_format empty_strided empty_permuted zeros ones full eye eye.m arange arange.start
-    arange.start_step linspace logspace scalar_tensor rand randn randint randint.low randperm tril_indices triu_indices""".split()
+FACTORIES = [
+    "empty.memory_format",
+    "empty_strided",
+    "empty_permuted",
+    "zeros",
+    "ones",
+    "full",
+    "eye",
+    "eye.m",
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "linspace",
+    "logspace",
+    "scalar_tensor",
+    "rand",
+    "randn",
+    "randint",
+    "randint.low",
+    "randperm",
+    "tril_indices",
+    "triu_indices",
+]
 
 
 class _Module(_DummyBackendModule):

@@ -70,7 +70,7 @@ def statistics_of(decoder, i, states, ours, empty, accumulate):
 
         return record
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    handles = [linear.module.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     with torch.no_grad(), observe(linears, ours) as seen:
         for state in states:
             decoder.run(i, state.hidden, state.kwargs[i])

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lib import parallel
 from lib.gradients.sums import BlockSums
 from lib.models.decoder import Decoder, State
+from lib.models.weights import Matrix, products
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ def gradient_norms(
         ValueError: a non-finite loss or gradient (names the sample), or a linear that no sample gave a gradient.
     """
     for i in range(len(decoder)):
-        for linear in decoder.linears(i).values():
-            linear.weight.requires_grad_(True)  # nothing but the blocks' linears ever gets a gradient
+        for matrix in matrices_of(decoder, i).values():
+            if matrix.index is None:  # those of a stack get tensors of their own when they are used
+                matrix.stored.requires_grad_(True)  # nothing but the blocks' matrices ever gets a gradient
     work, windows = InMemory() if work is None else work, windows.to(decoder.device)
     walk = _Walk(decoder, norms, scale, keep_graph, work.missing)
     done = work.done
@@ -98,14 +100,14 @@ def gradient_norms(
                 if done < len(windows) and work.due():
                     work.save(sums, done, walk.missing)
             for i in reversed(range(len(decoder))):
-                yield i, sums.pop(i).of_all_ranks(decoder.linears(i), decoder.device)
+                yield i, sums.pop(i).of_all_ranks(matrices_of(decoder, i), decoder.device)
         else:
             for chunk in windows[done:].split(group or len(windows)):
                 last = done + len(chunk) == len(windows)
                 for i, block_sums in walk.group(chunk, work, first + done):
                     bar.update(len(chunk))
                     if last:
-                        yield i, block_sums.of_all_ranks(decoder.linears(i), decoder.device)
+                        yield i, block_sums.of_all_ranks(matrices_of(decoder, i), decoder.device)
                     else:
                         work[i] = block_sums
                 done += len(chunk)
@@ -156,40 +158,43 @@ class _Walk:
             for s, (state, window) in enumerate(zip(states, chunk, strict=True))
         ]
         for i in reversed(range(len(decoder))):
-            linears = decoder.linears(i)
             with decoder.resident(i):
                 sums = kept.get(i) or BlockSums(self.norms, self.scale)
                 border = borders.pop()
                 for s, state in enumerate(states):
-                    inputs, output = border[s]
+                    inputs, output, leaves = border[s]
                     border[s] = None  # the graph of a sample goes with its gradients
                     if output is None:
-                        output = self._with_graph(i, inputs, state)
-                    upstream[s] = self._backward(i, linears, sums, inputs, output, upstream[s], first + s, checks)
-                    del inputs, output
+                        output, leaves = self._with_graph(i, inputs, state)
+                    upstream[s] = self._backward(i, leaves, sums, inputs, output, upstream[s], first + s, checks)
+                    del inputs, output, leaves
             if not self.keep_graph or i == 0:  # a kept graph goes on to the next block, sums that leave are sound
                 checks.settle()
             yield i, sums
 
     def _forward(self, i: int, states: list[State]) -> list[tuple]:
-        """Block `i` forward: per sample (its input, its output with the graph, or None where it will be recomputed)."""
+        """Block `i` forward: per sample (its input, its output with the graph and the graph's leaves, or None where they will
+        be recomputed)."""
         border = []
         with self.decoder.resident(i):
             for state in states:
                 inputs = state.hidden
+                output = leaves = None
                 if self.keep_graph:
-                    output = self._with_graph(i, inputs, state)
+                    output, leaves = self._with_graph(i, inputs, state)
                     state.hidden = output.detach()
                 else:
-                    output = None
                     self.decoder.advance(i, [state])
-                border.append((inputs, output))
+                border.append((inputs, output, leaves))
         return border
 
     @torch.enable_grad()
-    def _with_graph(self, i: int, inputs: torch.Tensor, state: State) -> torch.Tensor:
-        # Block 0's inputs too, although nobody wants their gradient: they give a block that skips its linears a graph as well.
-        return self.decoder.run(i, inputs.requires_grad_(), state.kwargs[i])
+    def _with_graph(self, i: int, inputs: torch.Tensor, state: State) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Block `i`'s output, and {matrix that took part: tensor that autograd has its gradient for}."""
+        leaves: dict[str, torch.Tensor] = {}
+        with products(matrices_of(self.decoder, i), leaves=leaves):
+            # Block 0's inputs too, although nobody wants their gradient: they give a block that skips its linears a graph as well.
+            return self.decoder.run(i, inputs.requires_grad_(), state.kwargs[i]), leaves
 
     def _tail(self, state: State, tokens: torch.Tensor, sample: int, checks: "_Checks") -> tuple[torch.Tensor, float]:
         """dL/dhidden of the last block's output, multiplied by a loss scale, and that scale."""
@@ -205,10 +210,10 @@ class _Walk:
                 return gradient, loss_scale
             loss_scale = self._lower(loss_scale, sample, "the LM head")
 
-    def _backward(self, i, linears, sums, inputs, output, upstream, sample, checks):
+    def _backward(self, i, leaves, sums, inputs, output, upstream, sample, checks):
         """One sample through block `i`: add its gradients to the sums, return the upstream gradient of block i - 1."""
         gradient, loss_scale = upstream
-        wanted = [*(linear.weight for linear in linears.values()), inputs]
+        wanted = [*leaves.values(), inputs]
         while True:
             grads = torch.autograd.grad(output, wanted, gradient, allow_unused=True, retain_graph=self.scaled)
             # The sum is finite if and only if every entry is: one pass, where isfinite() takes four.
@@ -221,12 +226,13 @@ class _Walk:
                 break
             lowered = self._lower(loss_scale, sample, f"block {i}")
             gradient, loss_scale = gradient * (lowered / loss_scale), lowered
-        for name, grad in zip(linears, grads, strict=False):
-            if grad is None:
+        given = dict(zip(leaves, grads, strict=False))
+        for name, matrix in matrices_of(self.decoder, i).items():
+            if given.get(name) is None:
                 key = f"{self.decoder.prefixes[i]}{name}"
                 self.missing[key] = self.missing.get(key, 0) + 1
             else:
-                sums.add(name, grad, loss_scale)
+                sums.add(name, matrix.oriented(given[name]), loss_scale)
         if self.scaled and largest > 0:
             step = 2.0 ** math.floor(math.log2(BORDER_MAGNITUDE / largest))
             return grads[-1] * step, loss_scale * step
@@ -241,13 +247,30 @@ class _Walk:
         """{linear: samples of all processes that gave it no gradient}; ValueError if that is all of them."""
         nsamples = sum(parallel.gather(nsamples))
         missing = sum(map(Counter, parallel.gather(self.missing)), Counter())
+        experts = {
+            f"{self.decoder.prefixes[i]}{name}"
+            for i in range(len(self.decoder))
+            for name, m in matrices_of(self.decoder, i).items()
+            if m.index is not None
+        }
         for name, count in missing.items():
+            if name in experts:  # routed elsewhere
+                continue
             if count == nsamples:
                 raise ValueError(
                     f"{name} got no gradient from any of the {nsamples} samples: it does not take part in the loss"
                 )
             logger.warning("%s got no gradient from %d of %d samples", name, count, nsamples)
+        if never := [name for name in experts if missing[name] == nsamples]:
+            logger.warning(
+                "%d of %d matrices of experts had no tokens of any sample: %s and so on", len(never), len(experts), min(never)
+            )
         return dict(missing)
+
+
+def matrices_of(decoder: Decoder, i: int) -> dict[str, Matrix]:
+    """All that gradients are computed for in block `i`: routers too, should a flag of main.py name them."""
+    return decoder.linears(i) | decoder.routers(i)
 
 
 _REMEDY = "use --dtype bfloat16 or float32, or leave the sample out with another --seed"

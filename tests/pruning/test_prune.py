@@ -32,7 +32,7 @@ def naive_prune(model, path, windows, method, pattern, ratio, alpha=1.0, inverse
 
             return record
 
-        handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+        handles = [linear.module.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
         for window in windows:
             model(input_ids=window[None], use_cache=False)
         for handle in handles:
@@ -127,7 +127,7 @@ def test_sparsegpt_is_the_naive_solver(family, pattern, ratio):
     prune(decoder, windows, method="sparsegpt", sparsity=sparsity)
     inputs = {name: [] for name in dense.linears(0)}
     for name, linear in dense.linears(0).items():
-        linear.register_forward_pre_hook(
+        linear.module.register_forward_pre_hook(
             lambda module, args, name=name: inputs[name].append(args[0].reshape(-1, args[0].shape[-1]))
         )
     with torch.no_grad():
