@@ -8,7 +8,7 @@ soft-capping and tied heads are the model's own and no family is a special case.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 
 import torch
@@ -16,6 +16,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers.cache_utils import Cache
 
+from lib.models.carried import Carried, split
 from lib.models.host import mapped, trim_heap
 from lib.models.weights import Matrix, matrices_of
 
@@ -32,6 +33,7 @@ class State:
 
     hidden: torch.Tensor
     kwargs: list[dict]
+    carried: Carried = field(default_factory=dict)  # of the arguments, the mappings that blocks fill for later ones
     mapped: bool = False  # `hidden` is a slot of a file, to be written in place
 
 
@@ -139,10 +141,16 @@ class Decoder:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
             except _Recorded:
                 pass
-        kwargs = [call for _, call in calls]
+        kwargs, carried = split([call for _, call in calls])
         if not _equal(kwargs, self._kwargs):
             self._kwargs = kwargs
-        return State(calls[0][0], self._kwargs)
+        kwargs = self._kwargs
+        if carried:
+            kwargs = [
+                own | {name: carried[name] for name in call if name in carried}
+                for own, (_, call) in zip(kwargs, calls, strict=True)
+            ]
+        return State(calls[0][0], kwargs, carried)
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
         """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
