@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEVICE, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradient_computation
@@ -25,7 +25,8 @@ def run(script: str, *arguments) -> str:
     command, printed = COMMANDS[script], io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            command.main(command.parse([str(argument) for argument in arguments]))
+            device = () if "--device" in arguments else ("--device", DEVICE)
+            command.main(command.parse([str(argument) for argument in (*arguments, *device)]))
     finally:
         print(printed.getvalue(), end="")  # what a command that fails printed is the test's to look at
     return printed.getvalue()

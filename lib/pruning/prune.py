@@ -72,7 +72,7 @@ def prune(
         finished: called with every block, while it is resident, when its weights are final.
 
     Raises:
-        ValueError: an N:M pattern that does not divide a linear, or non-finite scores.
+        ValueError: an N:M pattern that does not divide a linear, or one whose scores, or solved weights, are not finite.
     """
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
     rule = METHODS[method]
@@ -184,4 +184,7 @@ def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[d
 
 
 _SCORE_REMEDY = "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
-_SOLVER_REMEDY = "the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples"
+_SOLVER_REMEDY = (
+    "the Hessian of the inputs is not positive definite, or a weight not finite: check the weights, use more --nsamples, "
+    "or --dtype bfloat16 or float32"
+)

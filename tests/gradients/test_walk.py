@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import TINY, random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, TINY, random_windows, tiny_decoder, tiny_model
 from torch import nn
 
 from lib.gradients import backward
@@ -128,9 +128,9 @@ def test_bfloat16_gradients_are_those_of_float32_to_its_precision():
 
 
 def test_a_linear_without_gradients_is_named_when_streamed(tmp_path):
-    model = tiny_model("llama")
+    model = tiny_model("llama").cpu()
     model.save_pretrained(tmp_path)
-    decoder = loading.load(str(tmp_path), dtype="float32", device="cpu", streamed=True)
+    decoder = loading.load(str(tmp_path), dtype="float32", device=DEVICE, streamed=True)
     decoder.blocks[1].mlp.forward = lambda hidden: hidden
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj got no gradient from any of the 2 samples"):
         ours(decoder, random_windows(2), keep_graph=False)
