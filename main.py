@@ -7,6 +7,7 @@ The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt 
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from lib import cli, parallel, report
 from lib.data import sources
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
-from lib.models import checkpoint, loading, memory
+from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
@@ -127,7 +128,7 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
-    if args.save_model and (foreign := checkpoint.foreign_weights(args.save_model)):
+    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     for flag in ("save", "save_model"):
         try:
@@ -235,37 +236,37 @@ def refuse_hopeless(run: Run, dense: float) -> None:
 def prune_model(run: Run) -> Zeros:
     """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
     args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
-    store = None
-    writes = args.save_model and parallel.rank() == 0
-    if writes or run.plan.streamed:
-        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if this process writes one.
-        originals = loading.original_tensors(args.model, decoder, args.cache_dir)
-        run.scratch = None if writes else tempfile.TemporaryDirectory()
-        store = checkpoint.Store(run.scratch.name if run.scratch else args.save_model, originals, len(decoder))
+    written: store.Store | store.Scratch | None = None
+    with contextlib.ExitStack() as unfinished:
+        if args.save_model and parallel.rank() == 0:
+            dense = loading.dense_tensors(args.model, decoder, args.cache_dir)
+            written = store.Store(args.save_model, dense, updated=method.score is None, cache_dir=args.cache_dir)
+            unfinished.callback(written.discard)
+        elif run.plan.streamed:  # pruned blocks have to go somewhere
+            run.scratch = tempfile.TemporaryDirectory()
+            written = store.Scratch(run.scratch.name, decoder.source)
 
-    def finished(i: int, block: torch.nn.Module) -> None:
-        if store:
-            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=method.score is None)
+        def finished(i: int, block: torch.nn.Module) -> None:
+            if written and i in run.targets:
+                written.write_block(decoder.prefixes[i], block, {f"{name}.weight" for name in run.targets[i]})
 
-    with run.phases("prune"):
-        zeros = prune(
-            decoder,
-            run.calibration,
-            method=args.prune_method,
-            sparsity=run.targets,
-            gradients=run.gradients and run.gradients.block,
-            alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
-            use_variant=args.use_variant,
-            gradient_inv=args.gradient_inv,
-            hidden_states=run.plan.hidden_states,
-            finished=finished,
-        )
-    if store:
-        names = loading.saved_names(decoder)
-        config = loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir)
-        store.finish(names, config, run.tokenizer)
+        with run.phases("prune"):
+            zeros = prune(
+                decoder,
+                run.calibration,
+                method=args.prune_method,
+                sparsity=run.targets,
+                gradients=run.gradients and run.gradients.block,
+                alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
+                use_variant=args.use_variant,
+                gradient_inv=args.gradient_inv,
+                hidden_states=run.plan.hidden_states,
+                finished=finished,
+            )
+        if isinstance(written, store.Store):
+            written.finish()
     if run.plan.streamed:
-        decoder.source = store.tensors()
+        decoder.source = written.tensors()
     return zeros
 
 

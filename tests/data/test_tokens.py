@@ -1,5 +1,7 @@
 """Text to tokens: long texts in pieces give the tokens of the whole, conversations are written by the chat template."""
 
+import copy
+import json
 import random
 
 import pytest
@@ -14,7 +16,7 @@ from lib.data.tokens import encode, tokens_of
 from lib.data.windows import calibration_windows, evaluation_tokens
 from lib.models import loading
 
-WORDS = "the quick brown fox jumps over lazy dogs größer 漢字 naïve 12345 don't we'll x=1;".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "größer", "漢字", "naïve", "12345", "don't", "we'll", "x=1;"]
 
 
 def prose(characters: int, seed: int = 0) -> str:
@@ -47,8 +49,6 @@ def sentencepiece(prepend: bool) -> PreTrainedTokenizerFast:
     trained.train_from_iterator(
         [prose(3000, seed).replace("漢字", "") for seed in range(20)], trainers.BpeTrainer(vocab_size=300)
     )
-    import json
-
     learned = json.loads(trained.to_str())["model"]
     for token in learned["vocab"]:
         vocabulary.setdefault(token, len(vocabulary))
@@ -142,8 +142,6 @@ TEMPLATE = (
 
 @pytest.fixture
 def chatty(with_bos):
-    import copy
-
     tokenizer = copy.deepcopy(with_bos)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
