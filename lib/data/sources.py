@@ -39,8 +39,8 @@ class Documents(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Document:
-        return _unpacked(self.rows[i])
+    def __getitem__(self, i: int | slice) -> Document | list[Document]:
+        return [self[k] for k in range(len(self))[i]] if isinstance(i, slice) else _unpacked(self.rows[i])
 
     def __iter__(self) -> Iterator[Document]:
         return map(_unpacked, self.rows)

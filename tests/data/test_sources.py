@@ -27,7 +27,7 @@ def read(tmp_path):
 
     def documents(source, **options) -> list:
         docs = sources.documents(str(source), cache_dir=str(tmp_path / "cache"), **options)
-        assert [docs[i] for i in range(len(docs))] == list(docs)
+        assert [docs[i] for i in range(len(docs))] == docs[:] == list(docs)
         return list(docs)
 
     return documents

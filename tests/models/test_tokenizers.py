@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 from transformers import LlamaConfig
 
+from lib.data import tokens
 from lib.data.sources import documents
 from lib.data.windows import calibration_windows, evaluation_tokens
 from lib.models import loading
@@ -102,3 +103,13 @@ def test_fast_tokenizers_with_bos_and_without(tokenizer, bos, tmp_path):
 def test_a_tokenizer_of_real_size(mistral, config, tmp_path, shared_data):
     docs = documents("wikitext2", str(shared_data), "evaluation")
     same_ids(mistral, CONFIGS[config], tmp_path, "\n\n".join(docs[:300]))
+
+
+@pytest.mark.slow
+def test_pieces_of_a_tokenizer_of_real_size(mistral, tmp_path, shared_data, monkeypatch):
+    """Nothing splits the text before BPE here, so a token depends on all of it, in principle."""
+    tokenizer = loading.load_tokenizer(folder_with(tmp_path, mistral, None, 32000))
+    text = "\n\n".join([*documents("wikitext2", str(shared_data), "evaluation"), *documents("c4", str(shared_data))])
+    monkeypatch.setattr(tokens, "PIECE", 2**17)
+    assert tokens._in_pieces(tokenizer, text).tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokens.encode(tokenizer, text).tolist() == tokenizer(text, verbose=False)["input_ids"]
