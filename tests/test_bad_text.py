@@ -90,6 +90,13 @@ CASES = {
         "{}/x.json, row 1, has its rows below 'data': save what is there as a file of its own, a row a line",
     ),
     "rows below numbers": ({"x.json": json.dumps({"0": {"0": GOOD, "1": GOOD}}).encode()}, "x.json", "", "has its rows below '0': save"),
+    "rows behind keys": ({"x.json": json.dumps({"0": GOOD, "1": GOOD}).encode()}, "x.json", "", "line 1, is an object with a row behind every key: save a list of the rows"),
+    "chats in another column": (
+        {"x.jsonl": lines({"conversations": [{"from": "human", "value": "w5"}]})},
+        "x.jsonl",
+        "",
+        "line 1, has the columns ['conversations'], none is 'text' or 'messages': name the one",
+    ),
     "no row": ({"x.jsonl": lines(GOOD, "17")}, "x.jsonl", "", '{}/x.jsonl, line 2, is a number: a row must be an object such as {"text": "..."}'),
     "a text where a column is asked for": ({"x.json": b'["a"]'}, "x.json", "--text_column body", 'row 1, is text: a row must be an object such as {"body"'),
     "no JSON": ({"x.jsonl": b"w5 w6\nw7"}, "x.jsonl", "", "{}/x.jsonl is not JSON (Expecting value: line 1 column 1 (char 0)): give one JSON object a line"),

@@ -12,7 +12,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ def _parse(text: str, where: str) -> Any:
 def _parquet(path: Path, column: str | None) -> Iterator[Document]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            columns = file.schema_arrow.names
-            name = _column_of(columns, column, str(path))
+            name = _column_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
             values = chain.from_iterable(batch.column(name).to_pylist() for batch in file.iter_batches(columns=[name]))
             for number, value in enumerate(values, 1):
                 yield _content(value, f"{path}, row {number}, column {name!r}")
@@ -113,30 +112,32 @@ def _parquet(path: Path, column: str | None) -> Iterator[Document]:
 
 def _document(row: Any, where: str, column: str | None) -> Document:
     if isinstance(row, dict):
-        nested = [key for key, value in row.items() if _holds_rows(value)]
-        if nested and not {column, *COLUMNS} & set(row):
-            raise ValueError(f"{where} has its rows below {nested[0]!r}: save what is there as a file of its own, a row a line")
-        name = _column_of(list(row), column, where)
+        name = _column_of(row, column, where)
         return _content(row[name], f"{where} column {name!r}")
     if isinstance(row, str) and column is None:
         return _content(row, where)
     raise ValueError(f'{where} is {KINDS[type(row)]}: a row must be an object such as {{"{column or "text"}": "..."}}')
 
 
-def _holds_rows(value: Any) -> bool:
-    rows = list(value.values()) if isinstance(value, dict) else value
-    return isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, dict) for row in rows)
-
-
-def _column_of(columns: list[str], column: str | None, where: str) -> str:
+def _column_of(row: dict[str, Any], column: str | None, where: str) -> str:
     wanted = [column] if column else COLUMNS
     for name in wanted:
-        if name in columns:
+        if name in row:
             return name
-    found = f"{columns[:20]}"
+    if _holds_rows(row, wanted):
+        raise ValueError(f"{where} is an object with a row behind every key: save a list of the rows, or a row a line")
+    for key, value in row.items():
+        if _holds_rows(value, wanted):
+            raise ValueError(f"{where} has its rows below {key!r}: save what is there as a file of its own, a row a line")
     raise ValueError(
-        f"{where} has the columns {found}, none is {' or '.join(map(repr, wanted))}: name the one that holds the text with --text_column"
+        f"{where} has the columns {list(row)[:20]}, none is {' or '.join(map(repr, wanted))}: name the one that holds the text "
+        "with --text_column"
     )
+
+
+def _holds_rows(value: Any, wanted: Iterable[str]) -> bool:
+    rows = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and set(wanted) & set(row) for row in rows)
 
 
 def _content(value: Any, where: str) -> Document:
