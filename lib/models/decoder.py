@@ -82,20 +82,21 @@ class Decoder:
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
-        values, read = {}, {}
-        for name, matrix in matrices_of(self.blocks[i]).items():
-            weight = matrix.stored
+        matrices = matrices_of(self.blocks[i])
+        where = [_evenly(matrix.shape) for matrix in matrices.values()]
+        read: dict[str, torch.Tensor] = {}
+        if self.source is None:
+            where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
+        values = []
+        for matrix, (row, column) in zip(matrices.values(), where, strict=True):
+            weight = matrix.stored.detach()
             if self.source is not None:
                 if matrix.tensor_name not in read:  # a stack once for all its matrices
                     read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
-                weight = read[matrix.tensor_name] if matrix.index is None else read[matrix.tensor_name][matrix.index]
-            weight = matrix.oriented(weight)
-            where = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-            row, column = (
-                part.to(weight.device, non_blocking=True) for part in (where // weight.shape[1], where % weight.shape[1])
-            )
-            values[name] = weight.detach()[row, column].float()
-        return dict(zip(values, torch.stack(list(values.values())).cpu(), strict=True))
+                weight = read[matrix.tensor_name]
+                weight = weight if matrix.index is None else weight[matrix.index]
+            values.append(matrix.oriented(weight)[row, column].float())
+        return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
 
     @contextmanager
     def resident(self, i: int) -> Iterator[nn.Module]:
@@ -246,6 +247,12 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return next(name for name, other in model.named_modules() if other is module), module
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks: this project prunes decoder-only models")
+
+
+def _evenly(shape: torch.Size) -> torch.Tensor:
+    """Rows and columns of FINGERPRINT_VALUES weights of a matrix: (2, values)."""
+    flat = torch.linspace(0, shape.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return torch.stack([flat // shape[1], flat % shape[1]])
 
 
 def _equal(a, b) -> bool:

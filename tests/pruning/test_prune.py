@@ -32,7 +32,7 @@ def naive_prune(model, path, windows, method, pattern, ratio, alpha=1.0, inverse
 
             return record
 
-        handles = [linear.module.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+        handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
         for window in windows:
             model(input_ids=window[None], use_cache=False)
         for handle in handles:
