@@ -21,11 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from transformers.utils.logging import disable_progress_bar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.gradients.walk import gradient_norms
@@ -33,6 +31,7 @@ from lib.models import loading
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import METHODS, prune
 
+ROOT = Path(__file__).resolve().parents[1]
 LLAMA_2_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}
 SMALL = {"hidden": 256, "intermediate": 688, "heads": 8, "vocabulary": 512}
 GB_PER_BLOCK = 1.3  # of the full shape: weights, gradient norms and a pruned checkpoint, in two bytes each, and some room

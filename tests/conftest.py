@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer and documents made on the spot: the fast tier needs no file and no network."""
 
+import copy
 import os
 import random
 import subprocess
@@ -13,7 +14,7 @@ import fetch_demo
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lib.models import loading
@@ -107,6 +108,14 @@ def tokenizer():
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def with_bos(tokenizer):
+    """The same, and it puts BOS before a text."""
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return own
 
 
 @pytest.fixture(scope="session")

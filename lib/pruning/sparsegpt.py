@@ -13,10 +13,12 @@ class Hessian:
 
     def __init__(self, width: int, device: torch.device):
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.tokens = 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += len(rows)
         self.total.addmm_(rows.T, rows)
 
     def result(self, nsamples: int) -> torch.Tensor:

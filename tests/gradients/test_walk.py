@@ -7,8 +7,8 @@ import torch
 from conftest import DEVICE, TINY, random_windows, tiny_decoder, tiny_model
 from torch import nn
 
+from lib.gradients import backward
 from lib.gradients import sums as sums_module
-from lib.gradients import walk
 from lib.gradients.sums import BlockSums
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
@@ -108,15 +108,15 @@ def test_float16_gradients_do_not_vanish():
 
 def test_float16_overflow_lowers_the_scale(monkeypatch):
     exact = ours(tiny_decoder("llama"), random_windows(2))
-    monkeypatch.setattr(walk, "LOSS_SCALE", 2.0**30)  # overflows in the tail
-    monkeypatch.setattr(walk, "BORDER_MAGNITUDE", 2.0**15)  # overflows inside the blocks
-    lower, lowered = walk._Walk._lower, []
+    monkeypatch.setattr(backward, "LOSS_SCALE", 2.0**30)  # overflows in the tail
+    monkeypatch.setattr(backward, "BORDER_MAGNITUDE", 2.0**15)  # overflows inside the blocks
+    lower, lowered = backward.Groups._lower, []
 
     def count(walk, loss_scale, sample, where):
         lowered.append(where)
         return lower(walk, loss_scale, sample, where)
 
-    monkeypatch.setattr(walk._Walk, "_lower", count)
+    monkeypatch.setattr(backward.Groups, "_lower", count)
     half = ours(tiny_decoder("llama", torch.float16), random_windows(2))
     assert {"the LM head", "block 1"} <= set(lowered)  # block 2 gets what left the head finite
     assert largest_difference(half, exact) < 0.02

@@ -127,7 +127,7 @@ def test_sparsegpt_is_the_naive_solver(family, pattern, ratio):
     prune(decoder, windows, method="sparsegpt", sparsity=sparsity)
     inputs = {name: [] for name in dense.linears(0)}
     for name, linear in dense.linears(0).items():
-        linear.register_forward_pre_hook(
+        linear.module.register_forward_pre_hook(
             lambda module, args, name=name: inputs[name].append(args[0].reshape(-1, args[0].shape[-1]))
         )
     with torch.no_grad():
