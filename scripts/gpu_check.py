@@ -1,4 +1,7 @@
-"""Everything that only a GPU can prove, in under eight minutes, with no network and no model: `bash scripts/gpu_check.sh`.
+"""Everything that only a GPU can prove, in minutes, without network or model.
+
+    bash scripts/gpu_check.sh
+    python scripts/gpu_check.py --device cpu --blocks 2      a rehearsal, for machines without a GPU
 
     1. the fast tests, with the models on the GPU
     2. gradients, masks and perplexities of a small random model against the CPU's
