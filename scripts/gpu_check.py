@@ -1,7 +1,7 @@
 """Everything that only a GPU can prove, in minutes, without network or model.
 
     bash scripts/gpu_check.sh
-    python scripts/gpu_check.py --device cpu --blocks 2  # a rehearsal without GPU
+    python scripts/gpu_check.py --device cpu --blocks 2  # a rehearsal
 
 1. the fast tests, with the models on the GPU
 2. gradients, masks and perplexities of a small random model, and the CPU's
