@@ -1,11 +1,15 @@
-"""Everything that only a GPU can prove, in under eight minutes, with no network and no model: `bash scripts/gpu_check.sh`.
+"""Everything that only a GPU can prove, in minutes, without network or model.
 
-    1. the fast tests, with the models on the GPU
-    2. gradients, masks and perplexities of a small random model against the CPU's
-    3. both commands on a random model of LLaMA-2-7B's shape, resident and streamed: seconds and peak memory of every phase
-    4. two processes over NCCL against one, where there are two GPUs
+    bash scripts/gpu_check.sh
+    python scripts/gpu_check.py --device cpu --blocks 2  # a rehearsal
 
-Disk: 45 GB in --folder for the 32 blocks of LLaMA-2-7B, given back at the end. Fewer --blocks take less.
+1. the fast tests, with the models on the GPU
+2. gradients, masks and perplexities of a small random model, and the CPU's
+3. both commands on a random model of LLaMA-2-7B's shape, resident and streamed:
+   seconds and peak memory of every phase
+4. two processes over NCCL against one, where there are two GPUs
+
+Disk: 45 GB in --folder for the 32 blocks of LLaMA-2-7B, given back at the end.
 """
 
 import argparse

@@ -71,7 +71,7 @@ def test_masks_block_by_block(norms, windows):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         squares = dict.fromkeys(linears, 0)
         handles = [
-            linear.module.register_forward_pre_hook(
+            linear.register_forward_pre_hook(
                 lambda module, args, n=name, s=squares: s.update({n: s[n] + args[0][0].square().sum(0)})
             )
             for name, linear in linears.items()

@@ -133,7 +133,7 @@ def test_the_checks_see_what_is_wrong(tmp_path):
     assert broken_links(page) == ["#one", "none.md"]
     wrong = [
         "lib/nothing.py",
-        "lib/parallel.py:nothing",
+        "lib/data/sources.py:nothing",
         "lib/models/decoder.py:Decoder.nothing",
         "tests/test_docs.py:test_nothing",
     ]

@@ -31,14 +31,14 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
 
     Args:
         weight: (out, in), any float dtype; unchanged.
-        hessian: (in, in) fp32, consumed.
+        hessian: (in, in), consumed. The solve runs in its dtype, fp32 as `Hessian` gives it.
         sparsity: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights).
 
     Returns:
         The new weight, (out, in), in the dtype of `weight`; NaN throughout if the damped Hessian is not positive definite
         (non-finite activations): raising an error here would make the host wait for a GPU.
     """
-    w = weight.float().clone()
+    w = weight.to(hessian.dtype, copy=True)
     dead = hessian.diagonal() == 0  # inputs that were never active
     hessian.diagonal().masked_fill_(dead, 1)
     w.masked_fill_(dead, 0)
