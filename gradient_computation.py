@@ -1,8 +1,9 @@
-"""Gradient norms of a dense model over calibration samples, the file between the two commands.
+"""Gradient norms of a dense model over calibration samples, for main.py.
 
-    python gradient_computation.py --model meta-llama/Llama-2-7b-hf --llama_version 2 --nsamples 128
+    python gradient_computation.py --model meta-llama/Llama-2-7b-hf
 
-writes gradients/llama2/gradients_aggregrate_norm_{l1,l2}_model_Llama-2-7b-hf/ for `main.py --gradient_path`.
+writes gradients/llama2/gradients_aggregrate_norm_{l1,l2}_model_Llama-2-7b-hf/
+for main.py --gradient_path. Every flag is explained in docs/flags.md.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import logging
 
 import torch
 
-from lib import cli, data, parallel, report
+from lib import cli, parallel, report
 from lib.gradients.folder import GradientWriter, folder_of
 from lib.gradients.walk import NORMS, SCALE, gradient_norms
 from lib.gradients.work import GradientWork
@@ -48,7 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="float16",
         help="of the stored norms; float32 has no underflow or overflow and twice the size (default: %(default)s)",
     )
-    groups.output.add_argument("--output_dir", default="gradients", help="default: %(default)s")
+    groups.output.add_argument(
+        "--output_dir", default="gradients", metavar="DIR", help="where the folders of norms go (default: %(default)s)"
+    )
     groups.output.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
@@ -65,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
     norms = tuple(sorted(set(args.norms)))
     outline = loading.outline(args.model, cache_dir=args.cache_dir)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    cli.settle_bos(args, outline, tokenizer)
+    windows = cli.read_calibration(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
@@ -81,6 +84,8 @@ def main(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "dataset": args.dataset,
         "pack": args.pack,
+        "text_column": args.text_column,
+        "bos": args.bos,
         "dtype": str(decoder.model.dtype).removeprefix("torch."),
         "processes": parallel.world(),
         "versions": report.versions(),

@@ -1,13 +1,17 @@
-"""Prune a causal language model in one shot and print its perplexity before and after.
+"""Prune a causal language model in one shot; print perplexity before and after.
 
-    python main.py --model meta-llama/Llama-2-7b-hf --prune_method gblm --sparsity_ratio 0.5 \\
-        --gradient_path gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf --save out/
+    python main.py --model meta-llama/Llama-2-7b-hf \\
+        --prune_method gblm --sparsity_ratio 0.5 --gradient_path \\
+        gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
 
-The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt need none.
+The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt
+need none. Every flag is explained in docs/flags.md.
 """
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -15,10 +19,11 @@ from typing import Any
 
 import torch
 
-from lib import cli, data, parallel, report
-from lib.evaluation.perplexity import perplexity, windows_of
+from lib import cli, parallel, report
+from lib.data import sources
+from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
-from lib.models import checkpoint, loading, memory
+from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
@@ -42,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsity` and `ratios` join the result, parsed."""
-    parser, groups = cli.parser_of(__doc__)
+    parser, groups = cli.parser_of(__doc__, "--model MODEL --prune_method METHOD")
     declare(groups)
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
@@ -56,35 +61,53 @@ def declare(groups: cli.Groups) -> None:
     cli.add_common_flags(groups)
     cli.add_memory_flags(groups)
     groups.data.add_argument(
-        "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
+        "--eval_dataset",
+        default="wikitext2",
+        metavar="TEXT",
+        help="text for the perplexity: wikitext2, c4 or files (default: %(default)s)",
+    )
+    groups.model.add_argument(
+        "--force", action="store_true", help=f"go on where the dense perplexity is beyond {HOPELESS:g} or not finite"
     )
 
     add = groups.method.add_argument
-    add("--prune_method", required=True, choices=METHODS)
-    add("--sparsity_ratio", type=float, help="share of weights to remove; implied by N:M")
+    add(
+        "--prune_method",
+        required=True,
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}: how weights are scored; gblm is the paper's, from activations and gradients",
+    )
+    add("--sparsity_ratio", type=float, metavar="SHARE", help="of the weights to remove, such as 0.5; implied by N:M")
     add(
         "--sparsity_type",
         default="unstructured",
+        metavar="PATTERN",
         help="unstructured, or N:M: N REMOVED of every M inputs, such as 2:4 or 4:8 (default: %(default)s)",
     )
-    add("--gradient_path", help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient")
+    add(
+        "--gradient_path",
+        metavar="PATH",
+        help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient",
+    )
     add("--alpha", type=float, help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)")
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
     cli.add_selection_flags(groups.method)
-    add("--layer_no", type=int, default=-1, help="prune this block only (default: all)")
+    add("--layer_no", type=int, default=-1, metavar="BLOCK", help="prune this block only (default: all)")
     add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
-    add("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
+    add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
     groups.memory.add_argument(
         "--batch_size",
         type=cli.positive,
         default=1,
+        metavar="N",
         help="windows of the perplexity in one forward pass (default: %(default)s)",
     )
-    groups.output.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
-    groups.output.add_argument("--save_model", help="folder for the pruned checkpoint")
+    groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -105,7 +128,7 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        data.check_source(args.eval_dataset, args.data_dir, "evaluation")
+        sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         if method.gradients and not os.path.exists(args.gradient_path):
             raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
     except (ValueError, FileNotFoundError) as error:
@@ -122,7 +145,7 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
-    if args.save_model and (foreign := checkpoint.foreign_weights(args.save_model)):
+    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     for flag in ("save", "save_model"):
         try:
@@ -142,7 +165,7 @@ class Run:
     targets: selection.Targets
     asked: float  # the share of zeros that the targets ask for
     gradients: GradientNorms | None
-    calibration: torch.Tensor | None  # (n, T)
+    calibration: torch.Tensor | None  # (n, T); None for a method that does not look at activations
     evaluation: torch.Tensor  # (m, T)
     phases: report.Phases
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
@@ -171,7 +194,9 @@ def prepare(args: argparse.Namespace) -> Run:
     )
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
-    calibration, evaluation = read_text(args, tokenizer)
+    cli.settle_bos(args, outline, tokenizer)
+    evaluation = cli.read_evaluation(args, tokenizer)
+    calibration = cli.read_calibration(args, tokenizer) if method.statistic else None
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
     decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
     asked = selection.total_ratio(outline, targets)
@@ -191,16 +216,6 @@ def prepare(args: argparse.Namespace) -> Run:
     return run
 
 
-def read_text(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Calibration windows (n, T), None for a method that does not look at activations, and evaluation windows (m, T)."""
-    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
-    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
-    if METHODS[args.prune_method].statistic is None:
-        return None, evaluation
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    return data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack), evaluation
-
-
 def measure(run: Run, name: str) -> float:
     """The perplexity of the model as it is now; `name` is that of the phase."""
     group = run.plan.group(len(run.evaluation), 1) if run.plan.streamed else 1
@@ -213,48 +228,63 @@ def measure(run: Run, name: str) -> float:
 
 def refuse_hopeless(run: Run, dense: float) -> None:
     """Raise ValueError if the dense perplexity says that nothing measured from here on would mean anything."""
-    if not dense <= HOPELESS and not run.args.force:  # not <=: NaN is hopeless as well
-        raise ValueError(
-            f"the dense perplexity is {dense:.4g} {run.text}, beyond {HOPELESS:.0f}: {type(run.tokenizer).__name__} of "
-            f"{len(run.tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or "
-            f"{run.args.model} not a trained model. Nothing was pruned; --force goes on all the same"
+    if dense <= HOPELESS or run.args.force:
+        return
+    reasons = (
+        f"{type(run.tokenizer).__name__} of {len(run.tokenizer)} tokens may not be this model's tokenizer, the text not in a "
+        f"language it knows, or {run.args.model} not a trained model"
+    )
+    if not math.isfinite(dense):
+        dtype = str(run.decoder.model.dtype).removeprefix("torch.")
+        overflow = (
+            "where numbers beyond 65504 overflow: use --dtype bfloat16 or float32"
+            if dtype == "float16"
+            else "use --dtype float32"
         )
+        if dtype == "float32":
+            overflow = "which is hardly too small for it: weights may be NaN or infinite"
+        reasons = f"it was computed in {dtype}, {overflow}. Otherwise, {reasons}"
+    raise ValueError(
+        f"the dense perplexity is {dense:.4g} {run.text}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; "
+        "--force goes on all the same"
+    )
 
 
 def prune_model(run: Run) -> Zeros:
     """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
     args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
-    store = None
-    writes = args.save_model and parallel.rank() == 0
-    if writes or run.plan.streamed:
-        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if this process writes one.
-        originals = loading.original_tensors(args.model, decoder, args.cache_dir)
-        run.scratch = None if writes else tempfile.TemporaryDirectory()
-        store = checkpoint.Store(run.scratch.name if run.scratch else args.save_model, originals, len(decoder))
+    written: store.Store | store.Scratch | None = None
+    with contextlib.ExitStack() as unfinished:
+        if args.save_model and parallel.rank() == 0:
+            dense = loading.dense_tensors(args.model, decoder, args.cache_dir)
+            written = store.Store(args.save_model, dense, updated=method.score is None, cache_dir=args.cache_dir)
+            unfinished.callback(written.discard)
+        elif run.plan.streamed:  # pruned blocks have to go somewhere
+            run.scratch = tempfile.TemporaryDirectory()
+            written = store.Scratch(run.scratch.name, decoder.source)
 
-    def finished(i: int, block: torch.nn.Module) -> None:
-        if store:
-            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=method.score is None)
+        def finished(i: int, block: torch.nn.Module) -> None:
+            if written and i in run.targets:
+                matrices = decoder.linears(i) | decoder.routers(i)
+                written.write_block(decoder.prefixes[i], block, {matrices[name].tensor_name for name in run.targets[i]})
 
-    with run.phases("prune"):
-        zeros = prune(
-            decoder,
-            run.calibration,
-            method=args.prune_method,
-            sparsity=run.targets,
-            gradients=run.gradients and run.gradients.block,
-            alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
-            use_variant=args.use_variant,
-            gradient_inv=args.gradient_inv,
-            hidden_states=run.plan.hidden_states,
-            finished=finished,
-        )
-    if store:
-        names = loading.saved_names(decoder)
-        config = loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir)
-        store.finish(names, config, run.tokenizer)
+        with run.phases("prune"):
+            zeros = prune(
+                decoder,
+                run.calibration,
+                method=args.prune_method,
+                sparsity=run.targets,
+                gradients=run.gradients and run.gradients.block,
+                alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
+                use_variant=args.use_variant,
+                gradient_inv=args.gradient_inv,
+                hidden_states=run.plan.hidden_states,
+                finished=finished,
+            )
+        if isinstance(written, store.Store):
+            written.finish()
     if run.plan.streamed:
-        decoder.source = store.tensors()
+        decoder.source = written.tensors()
     return zeros
 
 

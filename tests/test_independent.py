@@ -10,7 +10,8 @@ import torch
 from conftest import DEMO, ROOT, needs_demo
 from torch import nn
 
-from lib import data
+from lib.data.sources import documents
+from lib.data.windows import calibration_windows
 from lib.models import loading
 from lib.pruning import scores
 from lib.pruning.activations import ActivationNorm, observe
@@ -56,8 +57,8 @@ def compressed(unpacked):
 @pytest.fixture
 def entered():
     """The demo model and N samples before its first block."""
-    docs = data.documents(str(ROOT / "demo" / "calibration.jsonl"))
-    windows = data.calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
+    docs = documents(str(ROOT / "demo" / "calibration.jsonl"))
+    windows = calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
     decoder = loading.load(str(DEMO), dtype="float32", device="cpu")
     return decoder, decoder.enter_all(windows)
 
@@ -73,7 +74,7 @@ def statistics_of(decoder, i, states, ours, empty, accumulate):
 
         return record
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    handles = [linear.module.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     with torch.no_grad(), observe(linears, ours) as seen:
         for state in states:
             decoder.run(i, state.hidden, state.kwargs[i])

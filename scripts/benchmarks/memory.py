@@ -17,10 +17,11 @@ NAIVE = """
 import sys, torch
 sys.path[:0] = ["scripts/benchmarks", "."]
 from speed import naive_gradients
-from lib import data
+from lib.data.sources import documents
+from lib.data.windows import calibration_windows
 from lib.models import loading
 name, dataset, n, length = sys.argv[1:]
-windows = data.calibration_windows(data.documents(dataset), loading.load_tokenizer(name), int(n), int(length), 0)
+windows = calibration_windows(documents(dataset), loading.load_tokenizer(name), int(n), int(length), 0)
 decoder = loading.load(name, dtype="float32", device="cpu")
 linears = {f"{i}.{key}": linear for i in range(len(decoder)) for key, linear in decoder.linears(i).items()}
 naive_gradients(decoder.model, linears, windows)
@@ -38,10 +39,10 @@ def peak(*arguments: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--dataset", default="demo/calibration.jsonl")
-    parser.add_argument("--nsamples", default="8")
-    parser.add_argument("--seq_length", default="2048")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="default: %(default)s")
+    parser.add_argument("--dataset", default="demo/calibration.jsonl", help="default: %(default)s")
+    parser.add_argument("--nsamples", default="8", help="default: %(default)s")
+    parser.add_argument("--seq_length", default="2048", help="tokens of a sample (default: %(default)s)")
     args = parser.parse_args()
     naive = peak("-c", NAIVE, args.model, args.dataset, args.nsamples, args.seq_length)
     print(f"naive, float32                       {naive:6.2f} GB", flush=True)

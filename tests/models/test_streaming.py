@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_windows, tiny_model
+from conftest import DEVICE, random_windows, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.walk import gradient_norms
-from lib.models import checkpoint, loading, memory
+from lib.models import checkpoint, loading, memory, store
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import METHODS, prune
 from lib.pruning.selection import select
@@ -24,12 +24,12 @@ FAMILIES = ["llama", "llama-gqa-tied", "qwen2", "gemma2", "phi3", "opt"]
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
-        tiny_model(family).save_pretrained(folder / family, max_shard_size="20KB")
+        tiny_model(family).cpu().save_pretrained(folder / family, max_shard_size="20KB")
     return folder
 
 
 def both(saved, family, dtype="float32"):
-    return (loading.load(str(saved / family), dtype=dtype, device="cpu", streamed=streamed) for streamed in (False, True))
+    return (loading.load(str(saved / family), dtype=dtype, device=DEVICE, streamed=streamed) for streamed in (False, True))
 
 
 def on_disk(block) -> bool:
@@ -43,7 +43,7 @@ def test_one_block_is_in_memory_at_a_time(saved):
         assert [on_disk(other) for other in streamed.blocks] == [True, False, True]
         assert block.mlp.up_proj.weight.any()
     assert all(map(on_disk, streamed.blocks))
-    assert streamed.model.lm_head.weight.device.type == "cpu"
+    assert streamed.model.lm_head.weight.device.type == DEVICE.type
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,18 +68,19 @@ def test_pruned_checkpoints_are_bitwise_equal(saved, family, method, tmp_path):
     windows, found = random_windows(6), []
     resident, streamed = both(saved, family)
     for name, decoder in (("resident", resident), ("streamed", streamed)):
-        store = checkpoint.Store(tmp_path / name, loading.original_tensors(str(saved / family), decoder), len(decoder))
+        dense_tensors = loading.dense_tensors(str(saved / family), decoder)
+        written = store.Store(tmp_path / name, dense_tensors, updated=method == "sparsegpt")
         dense = perplexity(decoder, windows, group=1 if name == "resident" else 4)
         prune(
             decoder, windows, method=method, sparsity=Sparsity.parse("2:4"), gradients=gradients,
             hidden_states=None if name == "resident" else 2,
-            finished=lambda i, block, s=store, d=decoder: s.write_block(
-                i, d.prefixes[i], block, d.linears(i), updated=method == "sparsegpt"
+            finished=lambda i, block, s=written, d=decoder: s.write_block(
+                d.prefixes[i], block, [f"{linear}.weight" for linear in d.linears(i)]
             ),
         )  # fmt: skip
-        store.finish(loading.saved_names(decoder), loading.saved_config(str(saved / family), torch.float32))
+        written.finish()
         if name == "streamed":
-            decoder.source = store.tensors()
+            decoder.source = written.tensors()
         found.append((dense, perplexity(decoder, windows)))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("resident", "streamed")]
@@ -95,14 +96,14 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
         model.model.layers[1].self_attn.q_proj.bias[:2] = torch.tensor([1e-9, -0.0])
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e-9  # not pruned: excluded
     model.save_pretrained(tmp_path / "dense")
-    decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device="cpu")
+    decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device=DEVICE)
     targets = select(decoder, Sparsity.parse("2:4"), exclude=["*.up_proj"])
-    store = checkpoint.Store(tmp_path / "pruned", loading.original_tensors(str(tmp_path / "dense"), decoder), 3)
+    written = store.Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder))
     prune(
         decoder, None, method="magnitude", sparsity=targets,
-        finished=lambda i, block: store.write_block(i, decoder.prefixes[i], block, targets[i]),
+        finished=lambda i, block: written.write_block(decoder.prefixes[i], block, [f"{name}.weight" for name in targets[i]]),
     )  # fmt: skip
-    store.finish(loading.saved_names(decoder), loading.saved_config(str(tmp_path / "dense"), torch.float32))
+    written.finish()
     dense, pruned = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "pruned"))
     for name, weight in pruned.items():
         if name.endswith("proj.weight") and "up_proj" not in name:
@@ -113,7 +114,7 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
 
 def test_weights_that_are_not_tied_although_the_config_says_so(tmp_path):
     """transformers believes the weights."""
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_model("llama").cpu().save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     found = []
@@ -130,18 +131,18 @@ def test_incomplete_and_damaged_checkpoints_are_named(saved, tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=rf"{shard.name} is not a whole safetensors file"):
-        loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
-    assert checkpoint.foreign_weights(tmp_path / "model")
+        loading.load(str(tmp_path / "model"), device=DEVICE, streamed=True)
+    assert store.foreign_weights(tmp_path / "model")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=rf"is incomplete, {shard.name} of its index"):
-        loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
+        loading.load(str(tmp_path / "model"), device=DEVICE, streamed=True)
 
 
 def test_a_stale_index_beside_a_whole_file_is_ignored(saved, tmp_path):
     """As transformers does."""
     shutil.copy(saved / "llama" / "model.safetensors.index.json", tmp_path)
-    tiny_model("llama").save_pretrained(tmp_path)
-    assert "model.layers.2.mlp.up_proj.weight" in checkpoint.open_checkpoint(str(tmp_path))
+    tiny_model("llama").cpu().save_pretrained(tmp_path)
+    assert "model.layers.2.mlp.up_proj.weight" in checkpoint.Checkpoint(str(tmp_path))
 
 
 def test_many_hidden_states_go_to_a_file(saved):
@@ -152,23 +153,26 @@ def test_many_hidden_states_go_to_a_file(saved):
     for i in range(3):
         resident.advance(i, files)
         resident.advance(i, plain)
-    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(files, plain, strict=True))
+    assert all(torch.equal(a.hidden, b.hidden.cpu()) for a, b in zip(files, plain, strict=True))
     assert files[0].hidden.data_ptr() + files[0].hidden.nbytes == files[1].hidden.data_ptr()
 
 
 def test_what_cannot_be_streamed_says_why(saved, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((saved / "llama" / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"no safetensors files.*save_pretrained.*--memory resident"):
-        loading.load(str(tmp_path), device="cpu", streamed=True)
+    with pytest.raises(ValueError, match=r"no tensor that makes model\.embed_tokens\.weight"):
+        loading.load(str(tmp_path), device=DEVICE, streamed=True)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither safetensors nor PyTorch weights"):
+        loading.load(str(tmp_path), device=DEVICE, streamed=True)
     index = json.loads((saved / "llama" / "model.safetensors.index.json").read_text())
     for file in set(index["weight_map"].values()):
         (tmp_path / file).symlink_to(saved / "llama" / file)
     config = json.loads((saved / "llama" / "config.json").read_text()) | {"num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"layers\.3\..* is missing"):
-        loading.load(str(tmp_path), device="cpu", streamed=True)
+    with pytest.raises(ValueError, match=r"no tensor that makes model\.layers\.3\."):
+        loading.load(str(tmp_path), device=DEVICE, streamed=True)
 
 
 @pytest.mark.parametrize("free, expected", [(10**9, False), (10**5, True)])
