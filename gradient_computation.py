@@ -102,11 +102,7 @@ def main(args: argparse.Namespace) -> None:
     work = GradientWork(next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}"), settings, device, args.resume)
     if work.done:
         logger.info("going on after %d of %d samples", work.done, len(own))
-    writers = (
-        {norm: GradientWriter(folder, loading.DTYPES[args.norm_dtype]) for norm, folder in folders.items()}
-        if parallel.rank() == 0
-        else {}
-    )
+    writers = {norm: GradientWriter(folder, loading.DTYPES[args.norm_dtype]) for norm, folder in folders.items()}
     phases = report.Phases(device)
     with phases("gradients"):
         walk = gradient_norms(
@@ -118,10 +114,11 @@ def main(args: argparse.Namespace) -> None:
                 writer.write_block(i, sums.result(norm), fingerprint)
     for norm, writer in writers.items():
         writer.finish({"norm": norm, **provenance, "missing": work.missing})
-        print(
-            f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
-            f"{writer.underflow} became 0, {writer.overflow} were cut)"
-        )
+        if parallel.rank() == 0:
+            print(
+                f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
+                f"{writer.underflow} became 0, {writer.overflow} were cut)"
+            )
     parallel.stop()
     work.remove()
 

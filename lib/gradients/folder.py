@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib import parallel
 from lib.gradients.walk import SCALE
 from lib.models.checkpoint import replace_file
 
@@ -40,14 +41,19 @@ def key_of(linear: str, block: int) -> str:
 
 
 class GradientWriter:
-    """Writes a gradient folder under a temporary name and renames it when its index is in place."""
+    """Writes a gradient folder under a temporary name and renames it when its index is in place.
+
+    Of several processes each makes one, any writes blocks, and all finish together.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float16):
         self.folder = folder
         self.dtype = dtype
         self.partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        parallel.wait()
+        self.partial.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, dict] = {}
         self.fingerprint: dict[str, list[float]] = {}
         self.total = self.underflow = self.overflow = 0  # norms; of them those that became 0, or were cut, when stored
@@ -79,6 +85,9 @@ class GradientWriter:
 
     def finish(self, provenance: dict) -> None:
         """Write the index and give the folder its name, in place of an older one. `provenance` must hold the scale."""
+        self._collect()
+        if parallel.rank() > 0:
+            return
         if self.underflow or self.overflow:
             logger.warning(
                 "of %d norms stored in %s, %d became 0 and %d were cut to its largest: --norm_dtype float32 keeps more of them",
@@ -90,11 +99,18 @@ class GradientWriter:
             "stored_zero": self.underflow,
             "stored_cut": self.overflow,
             "files": dict(sorted(self.files.items())),
-            "fingerprint": self.fingerprint,
+            "fingerprint": dict(sorted(self.fingerprint.items())),
         }
         (self.partial / INDEX).write_text(json.dumps(index, indent=1))
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.partial, self.folder)
+
+    def _collect(self) -> None:
+        """What all processes have written, for the index."""
+        written = parallel.gather((self.files, self.fingerprint, self.total, self.underflow, self.overflow))
+        files, fingerprints, *counts = zip(*written, strict=True)
+        self.files, self.fingerprint = ({k: v for part in parts for k, v in part.items()} for parts in (files, fingerprints))
+        self.total, self.underflow, self.overflow = map(sum, counts)
 
 
 class GradientNorms:
