@@ -6,29 +6,29 @@ The model is loaded anew for every row, the dense perplexity measured once. Rows
 appended to --output as they are done, so a run that was stopped goes on where it was.
 """
 
+import argparse
 import gc
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, data, report
+from lib import cli, data, files, report
 from lib.evaluation.perplexity import perplexity, windows_of
 from lib.gradients.folder import GradientNorms
-from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
+from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser, groups = cli.parser_of(__doc__)
     cli.add_common_flags(groups)
     parser.add_argument("--gradient_path", help="for gradient and gblm")
     parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "4:8", "2:4"], help="unstructured is 50 %%")
-    parser.add_argument("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], help="of gblm")
+    parser.add_argument("--alphas", nargs="+", type=cli.number_above(0, True, MAX_ALPHA), default=[PAPER_ALPHA], help="of gblm")
     parser.add_argument("--eval_dataset", default="wikitext2")
-    parser.add_argument("--windows", type=cli.positive, help="evaluate on the first so many windows only (default: all)")
+    parser.add_argument("--windows", type=cli.at_least(1), help="evaluate on the first so many windows only (default: all)")
     parser.add_argument("--output", type=Path, default=Path("out/table.jsonl"))
     args = parser.parse_args()
     cli.check_common_flags(parser, args)
@@ -36,19 +36,35 @@ def main() -> None:
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     try:
         patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
+        data.check_source(args.eval_dataset, args.data_dir, "evaluation")
+        gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
+        done = rows_of(args.output)
+        files.check_writable(args.output.parent)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    args.patterns, args.gradients, args.done = patterns, gradients, done
+    return args
+
+
+def rows_of(output: Path) -> list[dict]:
+    """The rows that an earlier run has appended."""
+    try:
+        return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     except ValueError as error:
-        parser.error(f"--patterns: {error}")
+        raise ValueError(f"--output {output} is not a table of this script ({error}): choose another file") from error
+
+
+def main(args: argparse.Namespace) -> None:
     device = cli.start(args)
+    patterns, gradients, done = args.patterns, args.gradients, args.done
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    outline = loading.outline(args.model, cache_dir=args.cache_dir)
-    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
+    outline, tokenizer = cli.open_model(args)
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
-    gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     if gradients:
         cli.compare_samples(args, gradients)
     rows = [("dense", "", None)] if "dense" in args.methods else []
@@ -56,16 +72,16 @@ def main() -> None:
         for method in args.methods:
             if method != "dense":
                 rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
-    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
 
     checked = False
-    common = {name: value for name, value in vars(args).items() if name not in ("methods", "patterns", "alphas", "output")}
+    apart = ("methods", "patterns", "alphas", "output", "folder", "gradients", "done")
+    common = {name: value for name, value in vars(args).items() if name not in apart}
     for method, pattern, alpha in rows:
         row = {"method": method, "pattern": pattern, "alpha": alpha, "settings": common}
         if any(row.items() <= earlier.items() for earlier in done):
             print(f"{method} {pattern} is in {args.output} already")
             continue
-        decoder = loading.load(args.model, dtype=args.dtype, device=device, cache_dir=args.cache_dir)
+        decoder = cli.load_weights(args, device)
         if gradients and not checked:
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
             checked = True
@@ -92,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(parse, main)

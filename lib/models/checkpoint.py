@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from lib.files import replace_file
+
 SHARDS = "model*.safetensors"
 METADATA = {"format": "pt", "pruned_by": "GBLM-Pruner"}  # in the files' headers, which loaders do not look at
 
@@ -62,18 +64,6 @@ def _opened(path: str | os.PathLike) -> safe_open:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): restore it, or remove it") from error
-
-
-def replace_file(path: Path, write) -> None:
-    """Have `write(temporary path)` make a file, then give it its name: a half-written file is never taken for a whole one."""
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)  # safetensors makes a file that only its owner can read
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Store:

@@ -85,12 +85,12 @@ def read_ratios(path: str) -> dict[str, float]:
     """Read a --layer_ratios file, such as {"0": 0.3, "*.down_proj": 0.6}.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a JSON object of numbers in [0, 1).
+        OSError: no such file. ValueError: not a JSON object of numbers in [0, 1).
     """
     try:
         ratios = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f'--layer_ratios {path} is not JSON ({error}): {{"0": 0.3}} would be') from error
     if not isinstance(ratios, dict) or not ratios:
         raise ValueError(f'{path} is not a JSON object of ratios, such as {{"0": 0.3, "*.down_proj": 0.6}}')
     for key, ratio in ratios.items():
