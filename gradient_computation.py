@@ -64,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         files.check_writable(args.output_dir)
     except OSError as error:
-        parser.error(f"--output_dir {args.output_dir} cannot be written ({error}): choose another folder")
+        parser.error(f"--output_dir cannot be written: {error}: choose another folder")
     return args
 
 

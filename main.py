@@ -7,6 +7,7 @@ The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt 
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from lib import cli, data, files, parallel, report
 from lib.evaluation.perplexity import perplexity, windows_of
 from lib.gradients.folder import GradientNorms
-from lib.models import checkpoint, loading, memory
+from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
@@ -81,7 +82,7 @@ def declare(groups: cli.Groups) -> None:
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
     cli.add_selection_flags(groups.method)
-    add("--layer_no", type=cli.at_least(-1), default=-1, help="prune this block only (default: all)")
+    add("--layer_no", type=cli.at_least(), default=-1, help="prune this block only (default: all)")
     add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
     add("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
@@ -116,11 +117,17 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
         data.check_source(args.eval_dataset, args.data_dir, "evaluation")
         if method.gradients:
-            GradientNorms(args.gradient_path)
+            files.settle(Path(args.gradient_path))
+            if not os.path.exists(args.gradient_path):
+                raise FileNotFoundError(
+                    f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first"
+                )
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.ratios and args.sparsity_type != "unstructured":
         parser.error(f"--layer_ratios sets shares of rows and {args.sparsity_type} a number per group: choose one")
+    if args.layer_no < -1:
+        parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":
         parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
 
@@ -129,14 +136,14 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
-    if args.save_model and (foreign := checkpoint.foreign_weights(args.save_model)):
+    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     for flag, folder in {"save": args.save, "save_model": args.save_model}.items():
         try:
             if folder is not None:
                 files.check_writable(folder)
         except OSError as error:
-            parser.error(f"--{flag} {folder} cannot be written ({error}): choose another folder")
+            parser.error(f"--{flag} cannot be written: {error}: choose another folder")
 
 
 @dataclass
@@ -256,37 +263,37 @@ def refuse_hopeless(run: Run, dense: float) -> None:
 def prune_model(run: Run) -> Zeros:
     """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
     args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
-    store = None
-    writes = args.save_model and parallel.rank() == 0
-    if writes or run.plan.streamed:
-        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if this process writes one.
-        originals = loading.original_tensors(args.folder, decoder)
-        run.scratch = None if writes else tempfile.TemporaryDirectory()
-        store = checkpoint.Store(run.scratch.name if run.scratch else args.save_model, originals, len(decoder))
+    written: store.Store | store.Scratch | None = None
+    with contextlib.ExitStack() as unfinished:
+        if args.save_model and parallel.rank() == 0:
+            dense = loading.dense_tensors(args.folder, decoder)
+            written = store.Store(args.save_model, dense, updated=method.score is None)
+            unfinished.callback(written.discard)
+        elif run.plan.streamed:  # pruned blocks have to go somewhere
+            run.scratch = tempfile.TemporaryDirectory()
+            written = store.Scratch(run.scratch.name, decoder.source)
 
-    def finished(i: int, block: torch.nn.Module) -> None:
-        if store:
-            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=method.score is None)
+        def finished(i: int, block: torch.nn.Module) -> None:
+            if written and i in run.targets:
+                written.write_block(decoder.prefixes[i], block, {f"{name}.weight" for name in run.targets[i]})
 
-    with run.phases("prune"):
-        zeros = prune(
-            decoder,
-            run.calibration,
-            method=args.prune_method,
-            sparsity=run.targets,
-            gradients=run.gradients and run.gradients.block,
-            alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
-            use_variant=args.use_variant,
-            gradient_inv=args.gradient_inv,
-            hidden_states=run.plan.hidden_states,
-            finished=finished,
-        )
-    if store:
-        names = loading.saved_names(decoder)
-        config = loading.saved_config(args.folder, originals[names[0]].dtype)
-        store.finish(names, config, run.tokenizer)
+        with run.phases("prune"):
+            zeros = prune(
+                decoder,
+                run.calibration,
+                method=args.prune_method,
+                sparsity=run.targets,
+                gradients=run.gradients and run.gradients.block,
+                alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
+                use_variant=args.use_variant,
+                gradient_inv=args.gradient_inv,
+                hidden_states=run.plan.hidden_states,
+                finished=finished,
+            )
+        if isinstance(written, store.Store):
+            written.finish()
     if run.plan.streamed:
-        decoder.source = store.tensors()
+        decoder.source = written.tensors()
     return zeros
 
 

@@ -210,10 +210,9 @@ def at_least(lowest: int | None = None) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or (lowest is not None and value < lowest):
-            least = "" if lowest is None else f" of at least {lowest}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as {lowest or 0}") from None
+        if lowest is not None and value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is not above {lowest - 1}: give a whole number of at least {lowest}")
         return value
 
     return read
@@ -221,16 +220,19 @@ def at_least(lowest: int | None = None) -> Callable[[str], int]:
 
 def number_above(lowest: float, including: bool = False, highest: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number above `lowest` (or `including` it), not above `highest`."""
+    bounds = f"{'of at least' if including else 'above'} {lowest:g}"
+    bounds += "" if highest == math.inf else f" and at most {highest:g}"
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (value > lowest or (including and value == lowest)) or not value <= highest or math.isinf(value):
-            bounds = f"{'of at least' if including else 'above'} {lowest:g}"
-            bounds += "" if highest == math.inf else f" and at most {highest:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number: give one {bounds}")
+        if value > highest or value < lowest or (value == lowest and not including):
+            wrong = f"not above {lowest:g}" if value <= lowest else "too large"
+            raise argparse.ArgumentTypeError(f"{text} is {wrong}: give a number {bounds}")
         return value
 
     return read

@@ -15,8 +15,8 @@ from huggingface_hub.errors import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from lib import hub
+from lib.models.checkpoint import WEIGHT_FILES
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ckpt", "*.ot")
 LOGIN = "log in with `hf auth login`"
 
 
@@ -34,7 +34,9 @@ def check_name(name: str, revision: str | None = None) -> None:
     elif folder.is_file():
         raise ValueError(f"{name} is a file: give the folder that it is in, with {CONFIG_NAME} and safetensors beside it")
     elif not name or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name!r} is not a folder, and cannot be a model on the hub: those are called OWNER/NAME")
+        raise FileNotFoundError(
+            f"{name or repr(name)} is not a folder, and cannot be a model on the hub: those are called OWNER/NAME"
+        )
 
 
 def folder(name: str, *, revision: str | None = None, cache_dir: str | None = None, weights: bool = False) -> str:
@@ -49,7 +51,7 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
         return name
     hub.reachable()
     try:
-        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, ignore_patterns=list(WEIGHTS))
+        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, ignore_patterns=list(WEIGHT_FILES))
         for wanted in _weight_files(Path(found)) if weights else ():
             snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
             if Path(found, wanted[0]).is_file():

@@ -3,7 +3,7 @@
 import json
 import logging
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from lib.models import checkpoint
+from lib.models.checkpoint import Checkpoint
+from lib.models.conversion import ModelTensors
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,10 @@ def load(
     """Load a local or hub model for inference and pruning.
 
     `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
-    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's safetensors.
+    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's files.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`), or weights that are damaged or not the config's;
-            streamed, a checkpoint without matching safetensors.
+        ValueError: a model this project cannot prune (see `Decoder`), or weights that are damaged or not the config's.
     """
     device = resolve_device(device)
     config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
@@ -111,7 +111,6 @@ def outline(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    source=None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Decoder:
@@ -126,7 +125,7 @@ def outline(
         init_empty_weights(include_buffers=False),
     ):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return Decoder(model, torch.device(device), source)
+    return Decoder(model, torch.device(device))
 
 
 def on_disk(
@@ -137,25 +136,26 @@ def on_disk(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Decoder:
-    """A model all of whose tensors are still in its checkpoint's safetensors, `source`.
+    """A model all of whose tensors are still in its checkpoint's files, `source`.
 
     Raises:
-        ValueError: no safetensors, or under other names or in other shapes than the model's; or a model that cannot be pruned.
+        ValueError: files that are damaged, do not have a tensor of the model, or have it in another shape; or a model that
+            cannot be pruned.
     """
+    decoder = outline(name, dtype=dtype, device=device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     with reading(name, "its weights", "restore the files, or download them again"):
-        source = checkpoint.open_checkpoint(name, cache_dir)
-    remedy = "save it once with transformers (model.save_pretrained), or, to prune it, use --memory resident"
-    if source is None:
-        raise ValueError(f"{name} has no safetensors files to read blocks from: {remedy}")
-    decoder = outline(name, dtype=dtype, device=device, source=source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        decoder.source = source = ModelTensors(Checkpoint(name, cache_dir), decoder.model)
     for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
         # A config may say "tied" of weights that are not: like transformers, believe the weights.
         if tied in source and other in source and not torch.equal(source[tied], source[other]):
             del decoder.model.all_tied_weights_keys[tied]
     if missing := [key for key in saved_names(decoder) if key not in source]:
-        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
+        raise ValueError(
+            f"{name} has no tensor that makes {missing[0]} of {type(decoder.model).__name__}: its config and its weights do not "
+            "belong together, or --memory resident reads what streaming cannot"
+        )
     state = decoder.model.state_dict()
-    _require_shapes(name, [(key, source[key].shape, state[key].shape) for key in saved_names(decoder)])
+    _require_shapes(name, [(key, source.shapes[key], state[key].shape) for key in saved_names(decoder)])
     return decoder
 
 
@@ -187,23 +187,9 @@ def load_tokenizer(name: str, cache_dir: str | None = None, trust_remote_code: b
     return tokenizer
 
 
-def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
-    """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
-    if decoder.source is not None:
-        return decoder.source
-    own = checkpoint.open_checkpoint(name, cache_dir)
-    state = decoder.model.state_dict()
-    if own is not None and all(key in own for key in saved_names(decoder)):
-        return own
-    logger.warning("%s has no safetensors under the model's names: it is saved in %s", name, decoder.model.dtype)
-    return state
-
-
-def saved_config(name: str, dtype: torch.dtype, cache_dir: str | None = None):
-    """The checkpoint's own config, for weights saved in `dtype`."""
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    config.dtype = dtype
-    return config
+def dense_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> ModelTensors:
+    """The tensors that a model was loaded from, in the files of its checkpoint."""
+    return decoder.source if decoder.source is not None else ModelTensors(Checkpoint(name, cache_dir), decoder.model)
 
 
 def saved_names(decoder: Decoder) -> list[str]:
