@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line: a dozen lines of usage would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
 class Groups(NamedTuple):
     """The groups that `--help` shows the flags in."""
 
@@ -38,9 +45,7 @@ class Groups(NamedTuple):
 def parser_of(docstring: str) -> tuple[argparse.ArgumentParser, Groups]:
     """A parser described by a command's module docstring (what it does, an example, a remark), and its groups of flags."""
     description, _, epilog = docstring.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     return parser, Groups(*(parser.add_argument_group(name) for name in Groups._fields))
 
 

@@ -115,7 +115,7 @@ def opened(name: str, args: argparse.Namespace) -> Decoder:
 
 def main(argv: list[str] | None = None) -> bool:
     """Check what the flags ask for; returns whether anything fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model, in safetensors")
     parser.add_argument("--pattern", help="N:M, at least N zeros in every M consecutive inputs, such as 2:4")
     parser.add_argument("--against", metavar="DENSE", help="folder or hub name of the model it was pruned from")

@@ -47,11 +47,18 @@ def parse() -> argparse.Namespace:
 
 
 def rows_of(output: Path) -> list[dict]:
-    """The rows that an earlier run has appended."""
+    """The rows that an earlier run has appended.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     try:
-        return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    except ValueError as error:
+        rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+        if not all("method" in row and "settings" in row for row in rows):
+            raise ValueError("rows have a method and settings")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"--output {output} is not a table of this script ({error}): choose another file") from error
+    return rows
 
 
 def main(args: argparse.Namespace) -> None:

@@ -269,7 +269,7 @@ def _quiet() -> Iterator[None]:
 
 def _require_whole(name: str, found: dict) -> None:
     """Raise ValueError if `found` says that some of the model's weights would be random; warn of weights it does not use."""
-    _require_shapes(name, found["mismatched_keys"])
+    _require_shapes(name, sorted(found["mismatched_keys"]))
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{name} has no weights for {missing[0]}, and {len(missing) - 1} more tensors of the model in its config.json: "
