@@ -219,11 +219,10 @@ def point_out_earlier(run: Run) -> None:
     """Say which earlier results are replaced, and how this run differs from the one that made them."""
     save, model = run.args.save, run.args.save_model
     if save and (earlier := report.read(save)):
-        before, now = ({**kept["flags"], **kept} for kept in ({"flags": {}, **earlier}, run.settings))
-        shared = [key for key in now if key in before and key not in ("flags", "save", "save_model")]
-        report.point_out_earlier(
-            os.path.join(save, report.RESULTS), {k: before[k] for k in shared}, {k: now[k] for k in shared}
-        )
+        now, shown = run.settings, ("layer_ratios", "weights", "versions")
+        before = {**earlier.get("flags", {}), **{key: earlier.get(key) for key in shown}}
+        now = {key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")}
+        report.point_out_earlier(Path(save, report.RESULTS), {key: before[key] for key in now}, now)
     if model and any(Path(model).glob("*.safetensors")):
         configs = [report.read(folder, "config.json") for folder in (model, run.args.folder)]
         changed = report.differences(*configs) or "of the same architecture"
