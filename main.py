@@ -1,9 +1,11 @@
-"""Prune a causal language model in one shot and print its perplexity before and after.
+"""Prune a causal language model in one shot; print perplexity before and after.
 
-    python main.py --model meta-llama/Llama-2-7b-hf --prune_method gblm --sparsity_ratio 0.5 \\
-        --gradient_path gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf --save out/
+    python main.py --model meta-llama/Llama-2-7b-hf \\
+        --prune_method gblm --sparsity_ratio 0.5 --gradient_path \\
+        gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
 
-The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt need none.
+The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt
+need none. Every flag is explained in docs/flags.md.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsity` and `ratios` join the result, parsed."""
-    parser, groups = cli.parser_of(__doc__)
+    parser, groups = cli.parser_of(__doc__, "--model MODEL --prune_method METHOD")
     declare(groups)
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
@@ -62,18 +64,37 @@ def declare(groups: cli.Groups) -> None:
     cli.add_common_flags(groups)
     cli.add_memory_flags(groups)
     groups.data.add_argument(
-        "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
+        "--eval_dataset",
+        default="wikitext2",
+        metavar="TEXT",
+        help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
     )
 
     add = groups.method.add_argument
-    add("--prune_method", required=True, choices=METHODS)
-    add("--sparsity_ratio", type=cli.number_above(0, including=True), help="share of weights to remove; implied by N:M")
+    add(
+        "--prune_method",
+        required=True,
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}: how weights are scored; gblm is the paper's, from activations and gradients",
+    )
+    add(
+        "--sparsity_ratio",
+        type=cli.number_above(0, including=True),
+        metavar="SHARE",
+        help="of the weights to remove, such as 0.5; implied by N:M",
+    )
     add(
         "--sparsity_type",
         default="unstructured",
+        metavar="PATTERN",
         help="unstructured, or N:M: N REMOVED of every M inputs, such as 2:4 or 4:8 (default: %(default)s)",
     )
-    add("--gradient_path", help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient")
+    add(
+        "--gradient_path",
+        metavar="PATH",
+        help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient",
+    )
     add(
         "--alpha",
         type=cli.number_above(0, True, MAX_ALPHA),
@@ -82,19 +103,20 @@ def declare(groups: cli.Groups) -> None:
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
     cli.add_selection_flags(groups.method)
-    add("--layer_no", type=cli.at_least(), default=-1, help="prune this block only (default: all)")
+    add("--layer_no", type=cli.at_least(), default=-1, metavar="BLOCK", help="prune this block only (default: all)")
     add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
-    add("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
+    add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
     groups.memory.add_argument(
         "--batch_size",
         type=cli.at_least(1),
         default=1,
+        metavar="N",
         help="windows of the perplexity in one forward pass (default: %(default)s)",
     )
-    groups.output.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
-    groups.output.add_argument("--save_model", help="folder for the pruned checkpoint")
+    groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -221,7 +243,9 @@ def point_out_earlier(run: Run) -> None:
     if save and (earlier := report.read(save)):
         now, shown = run.settings, ("layer_ratios", "weights", "versions")
         before = {**earlier.get("flags", {}), **{key: earlier.get(key) for key in shown}}
-        now = {key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")}
+        now = {
+            key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")
+        }
         report.point_out_earlier(Path(save, report.RESULTS), {key: before[key] for key in now}, now)
     if model and any(Path(model).glob("*.safetensors")):
         configs = [report.read(folder, "config.json") for folder in (model, run.args.folder)]

@@ -42,10 +42,18 @@ class Groups(NamedTuple):
     output: argparse._ArgumentGroup
 
 
-def parser_of(docstring: str) -> tuple[argparse.ArgumentParser, Groups]:
-    """A parser described by a command's module docstring (what it does, an example, a remark), and its groups of flags."""
+def parser_of(docstring: str, required: str = "--model MODEL") -> tuple[argparse.ArgumentParser, Groups]:
+    """A parser described by a command's module docstring (what it does, an example, a remark), and its groups of flags.
+
+    `required` are the flags that the usage line names: with all of them it would hide the error below it.
+    """
     description, _, epilog = docstring.partition("\n\n")
-    parser = Parser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        usage=f"%(prog)s {required} [flags]",
+        description=description,
+        epilog=f"example:\n{epilog}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     return parser, Groups(*(parser.add_argument_group(name) for name in Groups._fields))
 
 
@@ -55,7 +63,7 @@ def add_common_flags(groups: Groups) -> None:
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
     add("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
-    add("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
+    add("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     add(
         "--dtype",
         choices=["auto", *loading.DTYPES],
@@ -66,11 +74,12 @@ def add_common_flags(groups: Groups) -> None:
     add("--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together")
 
     add = groups.data.add_argument
-    add("--nsamples", type=at_least(1), default=128, help="calibration samples (default: %(default)s)")
+    add("--nsamples", type=at_least(1), default=128, metavar="N", help="calibration samples (default: %(default)s)")
     add(
         "--seq_length",
         type=at_least(2),  # a window of one token has no target
         default=2048,
+        metavar="T",
         help="tokens of a sample and of an evaluation window (default: %(default)s)",
     )
     add(
@@ -82,10 +91,11 @@ def add_common_flags(groups: Groups) -> None:
     add(
         "--dataset",
         default="c4",
+        metavar="TEXT",
         help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file (default: %(default)s)",
     )
     add("--pack", action="store_true", help="join calibration documents with EOS and cut, for short documents")
-    add("--data_dir", help="read c4 and wikitext2 from this folder, laid out as on the hub")
+    add("--data_dir", metavar="DIR", help="read c4 and wikitext2 from this folder, laid out as on the hub")
 
 
 def add_memory_flags(groups: Groups) -> None:

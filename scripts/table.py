@@ -1,9 +1,11 @@
-"""A table of perplexities, every method x pattern x alpha on one model: the paper's table 2 for a model of yours.
+"""Perplexity of every method x pattern x alpha on a model: the paper's table 2.
 
-    python scripts/table.py --model M --gradient_path G --nsamples 32 --pack --data_dir D
+    python scripts/table.py --model meta-llama/Llama-2-7b-hf --gradient_path \\
+        gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
 
-The model is loaded anew for every row, the dense perplexity measured once. Rows, each with the settings it was made with, are
-appended to --output as they are done, so a run that was stopped goes on where it was.
+The model is loaded anew for every row, the dense perplexity measured once. Rows
+are appended to --output as they are done, each with the settings it was made
+with, so a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -20,29 +22,63 @@ from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Declare and check the flags; nothing is loaded. `patterns` becomes {pattern: Sparsity}; `done`, the rows that are there, joins."""
     parser, groups = cli.parser_of(__doc__)
     cli.add_common_flags(groups)
-    parser.add_argument("--gradient_path", help="for gradient and gblm")
-    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
-    parser.add_argument("--patterns", nargs="+", default=["unstructured", "4:8", "2:4"], help="unstructured is 50 %%")
-    parser.add_argument("--alphas", nargs="+", type=cli.number_above(0, True, MAX_ALPHA), default=[PAPER_ALPHA], help="of gblm")
-    parser.add_argument("--eval_dataset", default="wikitext2")
-    parser.add_argument("--windows", type=cli.at_least(1), help="evaluate on the first so many windows only (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("out/table.jsonl"))
-    args = parser.parse_args()
+    methods = ["dense", *METHODS]
+    groups.data.add_argument(
+        "--eval_dataset",
+        default="wikitext2",
+        metavar="TEXT",
+        help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
+    )
+    groups.data.add_argument(
+        "--windows", type=cli.at_least(1), metavar="N", help="evaluate on the first N windows only (default: all)"
+    )
+    add = groups.method.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        choices=methods,
+        default=methods,
+        metavar="METHOD",
+        help=f"some of {', '.join(methods)} (default: all)",
+    )
+    add(
+        "--patterns",
+        nargs="+",
+        default=["unstructured", "4:8", "2:4"],
+        metavar="PATTERN",
+        help="N:M, N removed of every M, or unstructured: 50 %% (default: unstructured 4:8 2:4)",
+    )
+    add(
+        "--alphas",
+        nargs="+",
+        type=cli.number_above(0, True, MAX_ALPHA),
+        default=[PAPER_ALPHA],
+        metavar="ALPHA",
+        help="of gblm, a row each (default: 100)",
+    )
+    add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")
+    groups.output.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/table.jsonl"),
+        metavar="FILE",
+        help="JSON, a line for each row (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
     if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     try:
-        patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
+        args.patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
         data.check_source(args.eval_dataset, args.data_dir, "evaluation")
-        gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
-        done = rows_of(args.output)
+        args.done = rows_of(args.output)
         files.check_writable(args.output.parent)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    args.patterns, args.gradients, args.done = patterns, gradients, done
     return args
 
 
@@ -62,8 +98,9 @@ def rows_of(output: Path) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.start(args)
-    patterns, gradients, done = args.patterns, args.gradients, args.done
+    """Text and gradients once, then a model for every row."""
+    device, patterns, done = cli.start(args), args.patterns, args.done
+    gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     outline, tokenizer = cli.open_model(args)
@@ -81,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
                 rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
 
     checked = False
-    apart = ("methods", "patterns", "alphas", "output", "folder", "gradients", "done")
+    apart = ("methods", "patterns", "alphas", "output", "folder", "done")
     common = {name: value for name, value in vars(args).items() if name not in apart}
     for method, pattern, alpha in rows:
         row = {"method": method, "pattern": pattern, "alpha": alpha, "settings": common}

@@ -23,12 +23,10 @@ LOGIN = "log in with `hf auth login`"
 def check_name(name: str, revision: str | None = None) -> None:
     """Raise FileNotFoundError or ValueError, before anything is asked of the hub, if `name` cannot be a model.
 
-    It is a folder with a config, which has no revision, or else a name on the hub: OWNER/NAME.
+    It is a folder, which has no revision, or else a name on the hub: OWNER/NAME.
     """
     folder = Path(name)
     if name and folder.is_dir():
-        if not (folder / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"{name} has no {CONFIG_NAME}, so it is no model: give a folder that save_pretrained wrote")
         if revision is not None:
             raise ValueError(f"--revision {revision} is of a model on the hub, and {name} is a folder: leave it out")
     elif folder.is_file():
@@ -48,6 +46,8 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
     """
     check_name(name, revision)
     if Path(name).is_dir():
+        if not Path(name, CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{name} has no {CONFIG_NAME}, so it is no model: give a folder that save_pretrained wrote")
         return name
     hub.reachable()
     try:
