@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import torch
 
 from lib.files import replace_file
@@ -88,6 +87,8 @@ def _peak_host() -> int:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):
         if resource is None:
+            import psutil
+
             memory = psutil.Process().memory_info()
             return getattr(memory, "peak_wset", memory.rss)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
