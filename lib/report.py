@@ -66,15 +66,15 @@ class Phases:
         _reset_peak(self.device)
         yield
         entry = {"seconds": round(time.perf_counter() - start, 2), "peak_host_gb": round(_peak_host() / 1e9, 3)}
-        if self.device.type == "cuda":
-            entry["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
+        if self.device.type != "cpu":
+            entry["peak_gpu_gb"] = round(torch.get_device_module(self.device).max_memory_allocated(self.device) / 1e9, 3)
         self.record[name] = entry
         logger.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in entry.items()))
 
 
 def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak resident set, so each phase has its own
     except OSError:

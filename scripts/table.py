@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, data, files, report
-from lib.evaluation.perplexity import perplexity, windows_of
+from lib import cli, files, report
+from lib.data import sources
+from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     try:
         args.patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
-        data.check_source(args.eval_dataset, args.data_dir, "evaluation")
+        sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         args.done = rows_of(args.output)
         files.check_writable(args.output.parent)
     except (ValueError, OSError) as error:
@@ -104,10 +105,9 @@ def main(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     outline, tokenizer = cli.open_model(args)
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
-    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
+    cli.settle_bos(args, outline, tokenizer)
+    calibration = cli.read_calibration(args, tokenizer)
+    evaluation = cli.read_evaluation(args, tokenizer)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
         cli.compare_samples(args, gradients)

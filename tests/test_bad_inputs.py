@@ -215,6 +215,11 @@ CASES = {
     "ratios that are no text": (MAIN, 2, lambda p: p.use("--layer_ratios", p.write("r.json", b"\xff\xfe")), "r.json is not JSON"),
     "a ratio of nan": (MAIN, 2, lambda p: p.use("--layer_ratios", p.write("r.json", '{"0": NaN}')), "gives '0' the ratio nan"),
     "a ratio of a block that is not there": (MAIN, 1, lambda p: p.use("--layer_ratios", p.write("r.json", '{"9": 0.1}')), "block 9 of --layer_ratios does not exist"),
+    "a pattern that is none": (MAIN, 2, lambda p: p.use("--layer_ratios", p.write("r.json", '{"*.o_proj": "4:2"}')), "gives '*.o_proj' the ratio '4:2': it must be a number in [0, 1), \"N:M\" or \"dense\""),
+    "a pattern that does not divide": (MAIN, 1, lambda p: p.use("--layer_ratios", p.write("r.json", '{"*.o_proj": "2:5"}')), "self_attn.o_proj has 32 inputs, not divisible by 5"),
+    "the LM head": (MAIN, 1, lambda p: p.use("--include", "lm_head"), "--include 'lm_head' means lm_head, which is never pruned: embeddings and the LM head stay dense"),
+    "the embeddings": (MAIN, 1, lambda p: p.use("--exclude", "embed_tokens"), "--exclude 'embed_tokens' means model.embed_tokens, which is never pruned"),
+    "the LM head's ratio": (MAIN, 1, lambda p: p.use("--layer_ratios", p.write("r.json", '{"*lm_head*": 0.1}')), "--layer_ratios '*lm_head*' means lm_head, which is never pruned"),
     # places to write
     "save over a file": (MAIN, 2, lambda p: p.use("--save", p.text), "--save cannot be written"),
     "save below a file": (MAIN, 2, lambda p: p.use("--save", p.text / "out"), "choose another folder"),
@@ -320,11 +325,10 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(hub, "get_session", silent)
     monkeypatch.setattr(hub, "PATIENCE", 0.05)
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://silent")
-    for where in (hub.constants, hub.datasets.config):
-        monkeypatch.setattr(where, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert not hub.reachable() and not hub.reachable()
     end.set()
-    assert len(asked) == 1 and hub.constants.is_offline_mode() and hub.datasets.config.HF_HUB_OFFLINE
+    assert len(asked) == 1 and hub.constants.is_offline_mode()
 
 
 @pytest.mark.parametrize("kind, status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])

@@ -75,18 +75,21 @@ class GradientWriter:
         Raises:
             ValueError: a norm that is NaN or infinite before it is stored.
         """
-        tensors = {}
+        tensors, looks = {}, []
         for name, norm in norms.items():
-            if not norm.amax().isfinite():
-                raise ValueError(f"{key_of(name, i)} holds NaN or infinity: use a smaller --scale, or --dtype float32")
-            stored = norm.to(self.dtype).contiguous()
+            stored = tensors[key_of(name, i)] = norm.to(self.dtype).contiguous()
+            underflow = norm.count_nonzero() - stored.count_nonzero()
+            looks.append(torch.stack([norm.amax().isfinite(), underflow, stored.isinf().sum()]))
             self.total += norm.numel()
-            self.underflow += norm.count_nonzero().item() - stored.count_nonzero().item()
-            if overflow := stored.isinf().sum().item():
+            self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
+        for (key, stored), (finite, underflow, overflow) in zip(tensors.items(), torch.stack(looks).tolist(), strict=True):
+            if not finite:
+                raise ValueError(f"{key} holds NaN or infinity: use a smaller --scale, or --dtype float32")
+            self.underflow += underflow
+            if overflow:
                 self.overflow += overflow
                 stored.clamp_(max=torch.finfo(self.dtype).max)
-            tensors[key_of(name, i)] = stored.cpu()
-            self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
+            tensors[key] = stored.cpu()
         file = self.partial / f"block_{i:03d}.safetensors"
         replace_file(file, lambda path: save_file(tensors, path))
         self.files[file.name] = {"sha256": _checksum(file), "tensors": {key: list(t.shape) for key, t in tensors.items()}}

@@ -101,8 +101,9 @@ class GradientWork(MutableMapping):
         if not self.done:
             raise KeyError(i)
         sums = BlockSums(self.settings["norms"], self.settings["scale"])
-        for key, total in load_file(file, device=str(self.device)).items():
+        for key, total in load_file(file).items():
             norm, layout, name = key.split("/")
+            total = total.to(self.device, non_blocking=True)  # from a mapped file
             sums.totals[norm][name] = total.T if layout == "transposed" else total
         return sums
 
@@ -111,9 +112,9 @@ class GradientWork(MutableMapping):
         for norm, totals in sums.totals.items():
             for name, total in totals.items():
                 if total.is_contiguous():
-                    tensors[f"{norm}/plain/{name}"] = total
+                    tensors[f"{norm}/plain/{name}"] = total.cpu()
                 else:  # kept in autograd's layout, see BlockSums.add
-                    tensors[f"{norm}/transposed/{name}"] = total.T.contiguous()
+                    tensors[f"{norm}/transposed/{name}"] = total.T.contiguous().cpu()
         replace_file(self._next() / f"block_{i:03d}.safetensors", lambda path: save_file(tensors, path))
 
     def __delitem__(self, i: int) -> None:

@@ -9,7 +9,7 @@ soft-capping and tied heads are the model's own and no family is a special case.
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 
 import torch
@@ -17,12 +17,15 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers.cache_utils import Cache
 
+from lib.models.carried import Carried, split
 from lib.models.host import mapped, trim_heap
+from lib.models.weights import Matrix, matrices_of
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
-TAIL_POSITIONS = {"cpu": 64, "cuda": 256}
-FINGERPRINT_VALUES = 16  # weights of each linear that identify it
+TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
+FINGERPRINT_VALUES = 16  # weights of each matrix that identify it
+MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
 
 
 @dataclass
@@ -31,6 +34,7 @@ class State:
 
     hidden: torch.Tensor
     kwargs: list[dict]
+    carried: Carried = field(default_factory=dict)  # of the arguments, the mappings that blocks fill for later ones
     mapped: bool = False  # `hidden` is a slot of a file, to be written in place
 
 
@@ -42,12 +46,12 @@ class Decoder:
     """A causal LM as head - blocks - tail, in memory or (`source` given) with its blocks read from disk as needed.
 
     Args:
-        model: any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`; its parameters are frozen.
+        model: any `AutoModelForCausalLM`, most of whose blocks' weights are matrices (weights.py); its parameters are frozen.
         device: where the blocks compute. Whatever of the model is in memory must already be there.
         source: {tensor name: tensor}; the blocks' own tensors are then on the meta device.
 
     Raises:
-        ValueError: no list of decoder blocks, or a block with weight matrices that are not those of a dense `nn.Linear`.
+        ValueError: no list of decoder blocks, quantised weights, or less than half of the blocks' weights can be pruned.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, source: Mapping[str, torch.Tensor] | None = None):
@@ -58,28 +62,42 @@ class Decoder:
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
         self._returns_tuple = False  # of a block; learnt when one runs
-        for i, block in enumerate(self.blocks):
-            _require_linears(f"{path}.{i}", block)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # one product per expert: `weights.products` sees each
+        self._require_prunable(path)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def linears(self, i: int) -> dict[str, nn.Linear]:
-        """{path inside the block: linear} of block `i`."""
-        return {name: module for name, module in self.blocks[i].named_modules() if isinstance(module, nn.Linear)}
+    def linears(self, i: int) -> dict[str, Matrix]:
+        """{path inside the block: matrix} of all that is pruned in block `i` unless flags say otherwise."""
+        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if not matrix.router}
+
+    def routers(self, i: int) -> dict[str, Matrix]:
+        """Those that send tokens to experts: dense unless a flag names them."""
+        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if matrix.router}
 
     def shapes(self, i: int) -> dict[str, torch.Size]:
-        """{linear: (out, in)} of block `i`."""
-        return {name: linear.weight.shape for name, linear in self.linears(i).items()}
+        """{matrix: (out, in)} of block `i`, routers included."""
+        return {name: matrix.shape for name, matrix in matrices_of(self.blocks[i]).items()}
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
-        """A few weights of each linear of block `i`, evenly spaced, fp32 on the CPU: {linear: (FINGERPRINT_VALUES,)}."""
-        values = {}
-        for name, linear in self.linears(i).items():
-            weight = self.source[f"{self.prefixes[i]}{name}.weight"] if self.source else linear.weight
-            where = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-            values[name] = weight.flatten()[where.to(weight.device)].float().cpu()
-        return values
+        """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
+        matrices = matrices_of(self.blocks[i])
+        where = [_evenly(matrix.shape) for matrix in matrices.values()]
+        read: dict[str, torch.Tensor] = {}
+        if self.source is None:
+            where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
+        values = []
+        for matrix, (row, column) in zip(matrices.values(), where, strict=True):
+            weight = matrix.stored.detach()
+            if self.source is not None:
+                if matrix.tensor_name not in read:  # a stack once for all its matrices
+                    read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
+                weight = read[matrix.tensor_name]
+                weight = weight if matrix.index is None else weight[matrix.index]
+            values.append(matrix.oriented(weight)[row, column].float())
+        return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
 
     def checksum(self) -> str:
         """SHA-256 of the fingerprint of all blocks: which weights these are."""
@@ -99,8 +117,9 @@ class Decoder:
         names = list(block.state_dict())
         try:
             for name in names:
-                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, copy=True)
-                set_module_tensor_to_device(block, name, self.device, value=value)
+                # From a mapped file, whose pages the driver has taken when the call returns: nobody need wait for the copy.
+                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, non_blocking=True, copy=True)
+                set_module_tensor_to_device(block, name, self.device, value=value, clear_cache=False)
             yield block
         finally:
             for name in names:
@@ -132,15 +151,21 @@ class Decoder:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
             except _Recorded:
                 pass
-        kwargs = [call for _, call in calls]
-        if not _equal(kwargs, self._kwargs, {}):
+        kwargs, carried = split([call for _, call in calls])
+        if not _equal(kwargs, self._kwargs):
             self._kwargs = kwargs
-        return State(calls[0][0], self._kwargs)
+        kwargs = self._kwargs
+        if carried:
+            kwargs = [
+                own | {name: carried[name] for name in call if name in carried}
+                for own, (_, call) in zip(kwargs, calls, strict=True)
+            ]
+        return State(calls[0][0], kwargs, carried)
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
         """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
         states: list[State] = []
-        slots = None
+        slots, windows = None, windows.to(self.device)
         for k, window in enumerate(windows):
             state = self.enter(window[None])
             if in_memory is not None and len(windows) > in_memory:
@@ -173,7 +198,7 @@ class Decoder:
         tokens = tokens.to(self.device)
         total = torch.zeros((), device=self.device)
         gradient = None if loss_scale is None else torch.zeros_like(hidden)
-        positions = TAIL_POSITIONS[self.device.type]
+        positions = TAIL_POSITIONS["cpu" if self.device.type == "cpu" else "gpu"]
         for start in range(0, targets, positions):
             stop = min(start + positions, targets)
             span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
@@ -190,6 +215,28 @@ class Decoder:
                     gradient[:, span] += torch.autograd.grad(loss * loss_scale, part)[0]
             total += loss.detach()
         return total, gradient
+
+    def _require_prunable(self, path: str) -> None:
+        prunable = total = 0
+        largest = ("", torch.empty(0))
+        for i, block in enumerate(self.blocks):
+            own = {id(getattr(matrix.module, matrix.parameter)) for matrix in self.linears(i).values()}
+            for name, parameter in block.named_parameters():
+                total += parameter.numel()
+                if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
+                    raise ValueError(
+                        f"{path}.{i}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
+                        "was made from"
+                    )
+                if id(parameter) in own:
+                    prunable += parameter.numel()
+                elif parameter.numel() > largest[1].numel():
+                    largest = (f"{path}.{i}.{name}", parameter)
+        if prunable < MINIMUM_SHARE * total:
+            raise ValueError(
+                f"only {prunable / total:.0%} of the weights in the blocks of {type(self.model).__name__} belong to matrix products "
+                f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
+            )
 
     @contextmanager
     def _blocks_replaced(self, forwards: list) -> Iterator[None]:
@@ -213,34 +260,32 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks: this project prunes decoder-only models")
 
 
-def _require_linears(path: str, block: nn.Module) -> None:
-    linear = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
-    for name, parameter in block.named_parameters():
-        if parameter.ndim > 1 and id(parameter) not in linear:
-            owner = type(block.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(
-                f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
-                "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
-            )
-        if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
-            raise ValueError(
-                f"{path}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it was made from"
-            )
+def _evenly(shape: torch.Size) -> torch.Tensor:
+    """Rows and columns of FINGERPRINT_VALUES weights of a matrix: (2, values)."""
+    flat = torch.linspace(0, shape.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return torch.stack([flat // shape[1], flat % shape[1]])
 
 
-def _equal(a, b, known: dict[tuple[int, int], bool]) -> bool:
-    """Whether two nested arguments hold the same values. `known`: of tensors compared before, which blocks share."""
+def _equal(a, b) -> bool:
+    """Whether two nested arguments hold the same values. A GPU is asked once, for all tensors in them."""
+    pairs: dict[tuple[int, int], torch.Tensor] = {}
+    return _alike(a, b, pairs) and (not pairs or torch.stack(list(pairs.values())).all().item())
+
+
+def _alike(a, b, pairs: dict[tuple[int, int], torch.Tensor]) -> bool:
+    """Whether two nested arguments may be equal: if all `pairs` of tensors in them are, which blocks share."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        pair = id(a), id(b)
-        if pair not in known:
-            known[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-        return known[pair]
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        if (id(a), id(b)) not in pairs:
+            pairs[id(a), id(b)] = (a == b).all()
+        return True
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_alike(x, y, pairs) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
+        return a.keys() == b.keys() and all(_alike(a[key], b[key], pairs) for key in a)
     return a == b

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
 SAID = 200  # characters of another library's message that are passed on
 TABLE_OFFSET = 2  # rows before the first position in the tables of OPT and its like
+NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,7 +48,7 @@ def load(
 ) -> Decoder:
     """Load a local or hub model for inference and pruning.
 
-    `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
+    `dtype` "auto": the checkpoint's own on a GPU (float16 for bfloat16 where the GPU has none); on a CPU bfloat16 where it has bfloat16 matrix instructions, else
     float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's files.
 
     Raises:
@@ -56,6 +57,8 @@ def load(
     device = resolve_device(device)
     config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     run_dtype = resolve_dtype(dtype, config, device)
+    if dtype == "auto" and run_dtype == torch.float16 != getattr(config, "dtype", None) and not _has_bfloat16(device):
+        logger.warning("%s has no bfloat16 of its own: computing in float16", device)
     if not streamed:
         placed = {"device_map": {"": device}} if device.type != "cpu" else {}
         with reading(name, "its weights", "restore the files, or download them again"), _quiet():
@@ -187,6 +190,11 @@ def load_tokenizer(name: str, cache_dir: str | None = None, trust_remote_code: b
     return tokenizer
 
 
+def needs_bos(decoder: Decoder) -> bool:
+    """Whether a model's family was trained with BOS before every text, and needs it: Gemma 1 to 4 and what derives from them."""
+    return any(family in decoder.model.config.model_type for family in NEED_BOS)
+
+
 def dense_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> ModelTensors:
     """The tensors that a model was loaded from, in the files of its checkpoint."""
     return decoder.source if decoder.source is not None else ModelTensors(Checkpoint(name, cache_dir), decoder.model)
@@ -230,12 +238,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16 itself; the T4 and V100, for example, emulate it slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
     """The torch dtype for a --dtype value; see `load`."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type != "cpu":
-        return getattr(config, "dtype", None) or torch.float16
+        own = getattr(config, "dtype", None) or torch.float16
+        return torch.float16 if own == torch.bfloat16 and not _has_bfloat16(device) else own
     capabilities = torch.cpu.get_capabilities()
     fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32

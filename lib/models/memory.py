@@ -52,8 +52,8 @@ def container_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a GPU, or of the host, shared between the processes of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return torch.get_device_module(device).mem_get_info(device)[0]
     return int(min(psutil.virtual_memory().available, container_bytes())) // parallel.local_world()
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-VARIANT_TOLERANCE = 0.001  # of `--use_variant`: on the sparsity reached, and on the bracket of the bisection
+VARIANT_SHARE = 0.8  # of a row's total, at most, is removed by `--use_variant`
+VARIANT_TOLERANCE = 0.001  # of its bisection: on the sparsity reached, and on the bracket
+VARIANT_STEPS = 10  # VARIANT_SHARE halved so often is less than VARIANT_TOLERANCE
 RANKED_GROUP = 8  # groups up to this size are ranked by comparing all pairs, larger ones by selection (measured)
 
 
@@ -84,16 +86,16 @@ def variant(score: torch.Tensor, ratio: float) -> torch.Tensor:
     order = score.sort(dim=-1, stable=True)
     cumulative = order.values.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    low, share, high = 0.0, 0.4, 0.8
-    while True:
+    low, high = (torch.full((), share, dtype=torch.float64, device=score.device) for share in (0.0, VARIANT_SHARE))
+    for step in range(VARIANT_STEPS + 1):
+        share = (low + high) / 2
         removed = torch.searchsorted(cumulative, total * share, right=True)  # (out, 1): how many c <= share * total
-        sparsity = removed.sum().item() / score.numel()
-        if abs(sparsity - ratio) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
-            break
-        if sparsity > ratio:
-            high, share = share, (share + low) / 2
-        else:
-            low, share = share, (share + high) / 2
+        if step < VARIANT_STEPS:
+            # Decided where the scores are: a bracket that is good enough stays as it is.
+            sparsity = removed.sum(dtype=torch.float64) / score.numel()
+            enough = (sparsity - ratio).abs() <= VARIANT_TOLERANCE
+            low = torch.where(enough | (sparsity > ratio), low, share)
+            high = torch.where(enough | (sparsity <= ratio), high, share)
     columns = torch.arange(score.shape[-1], device=score.device)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order.indices, columns < removed)
 
@@ -109,10 +111,11 @@ def _lowest(score: torch.Tensor, count: int) -> torch.Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = score.kthvalue(count, dim=-1, keepdim=True).values
     mask = score <= threshold
-    # More are marked where several scores equal a row's threshold: take those from the left, up to the count.
-    if torch.count_nonzero(mask).item() > count * len(score):
+    # More are marked where several scores equal a row's threshold: take those from the left, up to the count. Whether there
+    # are such rows is a cheap question on a CPU; a GPU would have to be waited for.
+    if score.device.type != "cpu" or torch.count_nonzero(mask) > count * len(score):
         below = score < threshold
         tied = mask & ~below
         room = count - below.sum(dim=-1, keepdim=True)
-        mask = below | (tied & (tied.cumsum(dim=-1) <= room))
+        mask = below | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))
     return mask

@@ -13,10 +13,12 @@ class Hessian:
 
     def __init__(self, width: int, device: torch.device):
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.tokens = 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += len(rows)
         self.total.addmm_(rows.T, rows)
 
     def result(self, nsamples: int) -> torch.Tensor:
@@ -29,24 +31,20 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
 
     Args:
         weight: (out, in), any float dtype; unchanged.
-        hessian: (in, in) fp32, consumed.
+        hessian: (in, in), consumed. The solve runs in its dtype, fp32 as `Hessian` gives it.
         sparsity: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights).
 
     Returns:
-        The new weight, (out, in), in the dtype of `weight`.
-
-    Raises:
-        ValueError: the damped Hessian is not positive definite (non-finite activations).
+        The new weight, (out, in), in the dtype of `weight`; NaN throughout if the damped Hessian is not positive definite
+        (non-finite activations): raising an error here would make the host wait for a GPU.
     """
-    w = weight.float().clone()
+    w = weight.to(hessian.dtype, copy=True)
     dead = hessian.diagonal() == 0  # inputs that were never active
-    hessian.diagonal()[dead] = 1
-    w[:, dead] = 0
+    hessian.diagonal().masked_fill_(dead, 1)
+    w.masked_fill_(dead, 0)
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(hessian)
     inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # upper factor of H^-1
-    if failed | failed_too:
-        raise ValueError("the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples")
 
     width = w.shape[1]
     step = max(COLUMN_BLOCK - COLUMN_BLOCK % sparsity.m, sparsity.m) if sparsity.m else COLUMN_BLOCK  # whole groups
@@ -72,4 +70,4 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
             w_block[:, j].masked_fill_(removed, 0)  # exactly, not to rounding
             errors[:, j] = error
         w[:, columns.stop :] -= errors @ inverse[columns, columns.stop :]
-    return w.to(weight.dtype)
+    return w.masked_fill_((failed | failed_too) != 0, torch.nan).to(weight.dtype)
