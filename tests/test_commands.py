@@ -286,6 +286,35 @@ def test_selection_by_name_and_by_ratio(flags, text, tmp_path, saved_model):
     assert results["layer_ratios"] == {"0": 0.25, "*.down_proj": 0.75}
 
 
+def test_patterns_by_name(flags, text, tmp_path, saved_model):
+    """2:4 with another pattern, a share and dense linears; the last match counts."""
+    (tmp_path / "ratios.json").write_text(
+        json.dumps({"*.down_proj": "4:8", "*.o_proj": "dense", "2": 0.25, "*.2.mlp.up_proj": "1:4"})
+    )
+    run(
+        "main.py", *flags, "--prune_method", "wanda", "--sparsity_type", "2:4", "--layer_ratios", tmp_path / "ratios.json",
+        "--eval_dataset", text, "--save", tmp_path, "--save_model", tmp_path / "model",
+    )  # fmt: skip
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    results, zero, total = json.loads((tmp_path / "results.json").read_text()), 0, 0
+    for i in range(3):
+        for name, found in results["sparsity_by_block"][str(i)].items():
+            zeros = weights[f"model.layers.{i}.{name}.weight"] == 0
+            if i == 2:
+                share, groups = (0.25, (1, 4)) if "up_proj" in name else (0.25, None)
+            elif "o_proj" in name:
+                share, groups = 0, None
+            else:
+                share, groups = 0.5, (4, 8) if "down_proj" in name else (2, 4)
+            if groups:
+                assert (zeros.view(-1, groups[1]).sum(1) == groups[0]).all(), name
+            elif share:
+                assert (zeros.sum(1) == int(zeros.shape[1] * share)).all(), name
+            assert found == zeros.float().mean().item() == share
+            zero, total = zero + zeros.sum().item(), total + zeros.numel()
+    assert results["sparsity_asked"] == results["sparsity"] == zero / total
+
+
 def test_gradients_of_other_samples_are_pointed_out(flags, gradients, text, caplog):
     command = [*flags, "--sparsity_ratio", 0.5, "--eval_dataset", text, "--gradient_path", gradients, "--nsamples", 3]
     run("main.py", *command, "--prune_method", "gradient")  # looks at no activations
@@ -342,7 +371,6 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--prune_method wanda --sparsity_ratio 0.5 --nsamples 0", "not above 0"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "neither a block nor -1"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_ratios none.json", "none.json"),
-        ("--prune_method wanda --sparsity_type 2:4 --layer_ratios {ratios}", "choose one"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save /proc/nowhere", "--save cannot be written"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save_model /proc/nowhere", "--save_model cannot be written"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save_model m", "dense weights would be lost"),
