@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from lib.models import checkpoint, loading, memory
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
+from lib.pruning.prune import METHODS, PAPER_ALPHA, Zeros, needs_windows, prune, share_of_zeros
+from lib.pruning.update import RECIPES, UPDATES, Recipe
 
 logger = logging.getLogger("main")
 
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Declare and check the flags; nothing is loaded. `sparsity` and `ratios` join the result, parsed."""
+    """Declare and check the flags; nothing is loaded. `sparsity`, `ratios` and `steps` join the result, parsed."""
     parser, groups = cli.parser_of(__doc__)
     declare(groups)
     args = parser.parse_args(argv)
@@ -77,6 +78,35 @@ def declare(groups: cli.Groups) -> None:
     add("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
+    groups.update.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="the best of this project's measurements within 5 (best) or 20 (max) times Wanda's time; sets the flags below, of which any may be given as well",
+    )
+    groups.update.add_argument(
+        "--update",
+        choices=UPDATES,
+        help="of the weights that stay: none, as published; obs, SparseGPT's; lsq, least squares (default: none)",
+    )
+    groups.update.add_argument(
+        "--stages",
+        type=cli.positive,
+        metavar="K",
+        help="choose the mask in so many stages, with an update after each (default: 1)",
+    )
+    groups.update.add_argument(
+        "--reconstruct",
+        type=cli.natural,
+        metavar="EPOCHS",
+        help="train what stays of each block towards the dense block's output (default: 0)",
+    )
+    groups.update.add_argument(
+        "--reconstruct_lr",
+        type=cli.positive_float,
+        metavar="RATE",
+        help=f"its learning rate at the start (default: {Recipe.rate:g})",
+    )
+
     groups.memory.add_argument(
         "--batch_size",
         type=cli.positive,
@@ -110,12 +140,27 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    check_recipe(parser, args)
     if args.ratios and args.sparsity_type != "unstructured":
         parser.error(f"--layer_ratios sets shares of rows and {args.sparsity_type} a number per group: choose one")
     if args.use_variant and args.sparsity_type != "unstructured":
         parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
+
+
+def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the flags that --recipe sets and that are not given, or their defaults; `steps`, a Recipe, joins the result."""
+    names = {"update": "update", "stages": "stages", "reconstruct": "epochs", "reconstruct_lr": "rate"}
+    given = {field: getattr(args, flag) for flag, field in names.items() if getattr(args, flag) is not None}
+    try:
+        args.steps = replace(RECIPES[args.recipe] if args.recipe else Recipe(), **given)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.reconstruct_lr is not None and not args.steps.epochs:
+        parser.error("--reconstruct_lr is the learning rate of --reconstruct EPOCHS: add it")
+    for flag, field in names.items():
+        setattr(args, flag, getattr(args.steps, field))
 
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -173,7 +218,8 @@ def prepare(args: argparse.Namespace) -> Run:
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     calibration, evaluation = read_text(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
-    decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
+    streams = (calibration is not None) + (args.reconstruct > 0)
+    decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples * streams)
     asked = selection.total_ratio(outline, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
@@ -183,7 +229,7 @@ def prepare(args: argparse.Namespace) -> Run:
     if gradients:
         with phases("check gradients"):
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
-        if method.statistic:
+        if calibration is not None:
             cli.compare_samples(args, gradients)
     run = Run(args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, phases)
     if parallel.rank() == 0:
@@ -192,10 +238,10 @@ def prepare(args: argparse.Namespace) -> Run:
 
 
 def read_text(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Calibration windows (n, T), None for a method that does not look at activations, and evaluation windows (m, T)."""
+    """Calibration windows (n, T), None where neither method nor recipe looks at them, and evaluation windows (m, T)."""
     text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
     evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
-    if METHODS[args.prune_method].statistic is None:
+    if not needs_windows(args.prune_method, args.steps):
         return None, evaluation
     docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
     return data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack), evaluation
@@ -234,7 +280,8 @@ def prune_model(run: Run) -> Zeros:
 
     def finished(i: int, block: torch.nn.Module) -> None:
         if store:
-            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=method.score is None)
+            updated = method.score is None or args.steps.changes_survivors
+            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=updated)
 
     with run.phases("prune"):
         zeros = prune(
@@ -246,6 +293,7 @@ def prune_model(run: Run) -> Zeros:
             alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
             use_variant=args.use_variant,
             gradient_inv=args.gradient_inv,
+            recipe=args.steps,
             hidden_states=run.plan.hidden_states,
             finished=finished,
         )
@@ -269,7 +317,7 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None) -> 
     sparsity = share_of_zeros(zeros)
     if args.save:
         results = {
-            "flags": {name: value for name, value in vars(args).items() if name not in ("sparsity", "ratios")},
+            "flags": {name: value for name, value in vars(args).items() if name not in ("sparsity", "ratios", "steps")},
             "layer_ratios": args.ratios,
             "versions": report.versions(),
             "dtype": str(decoder.model.dtype).removeprefix("torch."),

@@ -1,0 +1,76 @@
+"""What becomes of the weights that stay: nothing, SparseGPT's update, or exact least squares, in stages; and the recipes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lib.pruning import least_squares, sparsegpt
+
+UPDATES = ("none", "obs", "lsq")
+STAGE_STEPS = 5  # of conjugate gradients between two stages: enough to tell which weights the others can stand in for
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What follows the mask.
+
+    `update`: "none", as published: survivors keep their bits; "obs" (sparsegpt.py) or "lsq" (least_squares.py).
+    `stages`: how many times the mask is chosen, each time from weights updated since, until all that is to go is gone.
+    `epochs` of reconstruction (reconstruction.py), at a learning rate that falls from `rate` to 0.
+    """
+
+    update: str = "none"
+    stages: int = 1
+    epochs: int = 0
+    rate: float = 2e-4
+
+    def __post_init__(self):
+        if self.update not in UPDATES:
+            raise ValueError(f"update {self.update!r} is none of {', '.join(UPDATES)}")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages} stages: at least one is needed")
+        if self.stages > 1 and self.update == "none":
+            raise ValueError(f"{self.stages} stages need weights that change between them: add --update lsq or obs")
+
+    @property
+    def changes_survivors(self) -> bool:
+        """Whether weights that stay are other than before."""
+        return self.update != "none" or self.epochs > 0
+
+
+PUBLISHED = Recipe()  # survivors keep their bits, but for SparseGPT's
+
+
+RECIPES = {"best": Recipe("lsq", stages=8), "max": Recipe("lsq", stages=8, epochs=4)}
+
+
+def shares(stages: int) -> list[float]:
+    """The share of the final mask that is removed after each stage: `1 - (1 - k/K)^3` (arXiv 2401.02938)."""
+    return [1 - (1 - k / stages) ** 3 for k in range(1, stages + 1)]
+
+
+def solve(
+    weight: torch.Tensor, hessian: torch.Tensor | None, choose: Callable[[torch.Tensor, float], torch.Tensor], recipe: Recipe
+) -> torch.Tensor:
+    """Remove weights and update those that remain, stage by stage.
+
+    Args:
+        weight: (out, in), any float dtype.
+        hessian: (in, in) fp32 of the inputs; without an update it is not looked at.
+        choose: (the weights as they are by then (out, in), share) -> the mask of that share of what is to go, (out, in).
+
+    Returns:
+        The new weight, (out, in), in the dtype of `weight`; infinite where it leaves that dtype's range.
+    """
+    if recipe.update == "none":
+        return weight.masked_fill(choose(weight, 1), 0)
+    current = weight.float()
+    for share in shares(recipe.stages):
+        mask = choose(current, share)
+        if recipe.update == "obs":
+            current = sparsegpt.solve(current, hessian.clone(), mask)
+        else:
+            steps = least_squares.STEPS if share == 1 else STAGE_STEPS
+            current = least_squares.solve(weight, mask, hessian.clone(), start=current, steps=steps)
+    return current.to(weight.dtype)
