@@ -1,8 +1,9 @@
-"""Gradient norms of a dense model over calibration samples, the file between the two commands.
+"""Gradient norms of a dense model over calibration samples, for main.py.
 
-    python gradient_computation.py --model meta-llama/Llama-2-7b-hf --llama_version 2 --nsamples 128
+    python gradient_computation.py --model meta-llama/Llama-2-7b-hf
 
-writes gradients/llama2/gradients_aggregrate_norm_{l1,l2}_model_Llama-2-7b-hf/ for `main.py --gradient_path`.
+writes gradients/llama2/gradients_aggregrate_norm_{l1,l2}_model_Llama-2-7b-hf/
+for main.py --gradient_path. Every flag is explained in docs/flags.md.
 """
 
 import argparse
@@ -48,7 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="float16",
         help="of the stored norms; float32 has no underflow or overflow and twice the size (default: %(default)s)",
     )
-    groups.output.add_argument("--output_dir", default="gradients", help="default: %(default)s")
+    groups.output.add_argument(
+        "--output_dir", default="gradients", metavar="DIR", help="where the folders of norms go (default: %(default)s)"
+    )
     groups.output.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)

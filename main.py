@@ -1,12 +1,15 @@
-"""Prune a causal language model in one shot and print its perplexity before and after.
+"""Prune a causal language model in one shot; print perplexity before and after.
 
-    python main.py --model meta-llama/Llama-2-7b-hf --prune_method gblm --sparsity_ratio 0.5 \\
-        --gradient_path gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf --save out/
+    python main.py --model meta-llama/Llama-2-7b-hf \\
+        --prune_method gblm --sparsity_ratio 0.5 --gradient_path \\
+        gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
 
-The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt need none.
+The gradients come from gradient_computation.py; wanda, magnitude and sparsegpt
+need none. Every flag is explained in docs/flags.md.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import tempfile
@@ -18,7 +21,7 @@ import torch
 from lib import cli, data, parallel, report
 from lib.evaluation.perplexity import perplexity, windows_of
 from lib.gradients.folder import GradientNorms
-from lib.models import checkpoint, loading, memory
+from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
@@ -43,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsity`, `ratios` and `steps` join the result, parsed."""
-    parser, groups = cli.parser_of(__doc__)
+    parser, groups = cli.parser_of(__doc__, "--model MODEL --prune_method METHOD")
     declare(groups)
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
@@ -57,25 +60,39 @@ def declare(groups: cli.Groups) -> None:
     cli.add_common_flags(groups)
     cli.add_memory_flags(groups)
     groups.data.add_argument(
-        "--eval_dataset", default="wikitext2", help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)"
+        "--eval_dataset",
+        default="wikitext2",
+        metavar="TEXT",
+        help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
     )
 
     add = groups.method.add_argument
-    add("--prune_method", required=True, choices=METHODS)
-    add("--sparsity_ratio", type=float, help="share of weights to remove; implied by N:M")
+    add(
+        "--prune_method",
+        required=True,
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}: how weights are scored; gblm is the paper's, from activations and gradients",
+    )
+    add("--sparsity_ratio", type=float, metavar="SHARE", help="of the weights to remove, such as 0.5; implied by N:M")
     add(
         "--sparsity_type",
         default="unstructured",
+        metavar="PATTERN",
         help="unstructured, or N:M: N REMOVED of every M inputs, such as 2:4 or 4:8 (default: %(default)s)",
     )
-    add("--gradient_path", help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient")
+    add(
+        "--gradient_path",
+        metavar="PATH",
+        help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient",
+    )
     add("--alpha", type=float, help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)")
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
     cli.add_selection_flags(groups.method)
-    add("--layer_no", type=int, default=-1, help="prune this block only (default: all)")
+    add("--layer_no", type=int, default=-1, metavar="BLOCK", help="prune this block only (default: all)")
     add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
-    add("--grad_norm", help="no effect, as in the published code: the norm is that of --gradient_path")
+    add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
     groups.update.add_argument(
@@ -111,10 +128,11 @@ def declare(groups: cli.Groups) -> None:
         "--batch_size",
         type=cli.positive,
         default=1,
+        metavar="N",
         help="windows of the perplexity in one forward pass (default: %(default)s)",
     )
-    groups.output.add_argument("--save", help="folder for log.txt, results.json and sparsity.png")
-    groups.output.add_argument("--save_model", help="folder for the pruned checkpoint")
+    groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -167,7 +185,7 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
-    if args.save_model and (foreign := checkpoint.foreign_weights(args.save_model)):
+    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     for flag in ("save", "save_model"):
         try:
@@ -270,39 +288,39 @@ def refuse_hopeless(run: Run, dense: float) -> None:
 def prune_model(run: Run) -> Zeros:
     """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
     args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
-    store = None
-    writes = args.save_model and parallel.rank() == 0
-    if writes or run.plan.streamed:
-        # Streamed blocks have to go somewhere when they are pruned: to the checkpoint, if this process writes one.
-        originals = loading.original_tensors(args.model, decoder, args.cache_dir)
-        run.scratch = None if writes else tempfile.TemporaryDirectory()
-        store = checkpoint.Store(run.scratch.name if run.scratch else args.save_model, originals, len(decoder))
-
-    def finished(i: int, block: torch.nn.Module) -> None:
-        if store:
+    written: store.Store | store.Scratch | None = None
+    with contextlib.ExitStack() as unfinished:
+        if args.save_model and parallel.rank() == 0:
             updated = method.score is None or args.steps.changes_survivors
-            store.write_block(i, decoder.prefixes[i], block, run.targets.get(i, ()), updated=updated)
+            dense = loading.dense_tensors(args.model, decoder, args.cache_dir)
+            written = store.Store(args.save_model, dense, updated=updated, cache_dir=args.cache_dir)
+            unfinished.callback(written.discard)
+        elif run.plan.streamed:  # pruned blocks have to go somewhere
+            run.scratch = tempfile.TemporaryDirectory()
+            written = store.Scratch(run.scratch.name, decoder.source)
 
-    with run.phases("prune"):
-        zeros = prune(
-            decoder,
-            run.calibration,
-            method=args.prune_method,
-            sparsity=run.targets,
-            gradients=run.gradients and run.gradients.block,
-            alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
-            use_variant=args.use_variant,
-            gradient_inv=args.gradient_inv,
-            recipe=args.steps,
-            hidden_states=run.plan.hidden_states,
-            finished=finished,
-        )
-    if store:
-        names = loading.saved_names(decoder)
-        config = loading.saved_config(args.model, originals[names[0]].dtype, args.cache_dir)
-        store.finish(names, config, run.tokenizer)
+        def finished(i: int, block: torch.nn.Module) -> None:
+            if written and i in run.targets:
+                written.write_block(decoder.prefixes[i], block, {f"{name}.weight" for name in run.targets[i]})
+
+        with run.phases("prune"):
+            zeros = prune(
+                decoder,
+                run.calibration,
+                method=args.prune_method,
+                sparsity=run.targets,
+                gradients=run.gradients and run.gradients.block,
+                alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
+                use_variant=args.use_variant,
+                gradient_inv=args.gradient_inv,
+                recipe=args.steps,
+                hidden_states=run.plan.hidden_states,
+                finished=finished,
+            )
+        if isinstance(written, store.Store):
+            written.finish()
     if run.plan.streamed:
-        decoder.source = store.tensors()
+        decoder.source = written.tensors()
     return zeros
 
 

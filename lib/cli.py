@@ -33,11 +33,17 @@ class Groups(NamedTuple):
     output: argparse._ArgumentGroup
 
 
-def parser_of(docstring: str) -> tuple[argparse.ArgumentParser, Groups]:
-    """A parser described by a command's module docstring (what it does, an example, a remark), and its groups of flags."""
+def parser_of(docstring: str, required: str = "--model MODEL") -> tuple[argparse.ArgumentParser, Groups]:
+    """A parser described by a command's module docstring (what it does, an example, a remark), and its groups of flags.
+
+    `required` are the flags that the usage line names: with all of them it would hide the error below it.
+    """
     description, _, epilog = docstring.partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=f"%(prog)s {required} [flags]",
+        description=description,
+        epilog=f"example:\n{epilog}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser, Groups(*(parser.add_argument_group(name) for name in Groups._fields))
 
@@ -46,7 +52,7 @@ def add_common_flags(groups: Groups) -> None:
     """The flags that mean the same to main.py and gradient_computation.py."""
     add = groups.model.add_argument
     add("--model", required=True, help="folder or hub name of a causal language model")
-    add("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
+    add("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     add(
         "--dtype",
         choices=["auto", *loading.DTYPES],
@@ -57,21 +63,23 @@ def add_common_flags(groups: Groups) -> None:
     add("--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together")
 
     add = groups.data.add_argument
-    add("--nsamples", type=positive, default=128, help="calibration samples (default: %(default)s)")
+    add("--nsamples", type=positive, default=128, metavar="N", help="calibration samples (default: %(default)s)")
     add(
         "--seq_length",
         type=positive,
         default=2048,
+        metavar="T",
         help="tokens of a sample and of an evaluation window (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of the calibration samples; both commands draw the same (default: %(default)s)")
     add(
         "--dataset",
         default="c4",
+        metavar="TEXT",
         help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file (default: %(default)s)",
     )
     add("--pack", action="store_true", help="join calibration documents with EOS and cut, for short documents")
-    add("--data_dir", help="read c4 and wikitext2 from this folder, laid out as on the hub")
+    add("--data_dir", metavar="DIR", help="read c4 and wikitext2 from this folder, laid out as on the hub")
 
 
 def add_memory_flags(groups: Groups) -> None:

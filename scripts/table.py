@@ -1,11 +1,14 @@
-"""A table of perplexities, every method x pattern x alpha on one model: the paper's table 2 for a model of yours.
+"""Perplexity of every method x pattern x alpha on a model: the paper's table 2.
 
-    python scripts/table.py --model M --gradient_path G --nsamples 32 --pack --data_dir D
+    python scripts/table.py --model meta-llama/Llama-2-7b-hf --gradient_path \\
+        gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
 
-The model is loaded anew for every row, the dense perplexity measured once. Rows, each with the settings it was made with, are
-appended to --output as they are done, so a run that was stopped goes on where it was.
+The model is loaded anew for every row, the dense perplexity measured once. Rows
+are appended to --output as they are done, each with the settings it was made
+with, so a run that was stopped goes on where it was.
 """
 
+import argparse
 import gc
 import json
 import sys
@@ -20,25 +23,59 @@ from lib.pruning.masks import Sparsity
 from lib.pruning.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Declare and check the flags; nothing is loaded. `patterns` becomes {pattern: Sparsity}."""
     parser, groups = cli.parser_of(__doc__)
     cli.add_common_flags(groups)
-    parser.add_argument("--gradient_path", help="for gradient and gblm")
-    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
-    parser.add_argument("--patterns", nargs="+", default=["unstructured", "4:8", "2:4"], help="unstructured is 50 %%")
-    parser.add_argument("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], help="of gblm")
-    parser.add_argument("--eval_dataset", default="wikitext2")
-    parser.add_argument("--windows", type=cli.positive, help="evaluate on the first so many windows only (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("out/table.jsonl"))
-    args = parser.parse_args()
+    methods = ["dense", *METHODS]
+    groups.data.add_argument(
+        "--eval_dataset",
+        default="wikitext2",
+        metavar="TEXT",
+        help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
+    )
+    groups.data.add_argument(
+        "--windows", type=cli.positive, metavar="N", help="evaluate on the first N windows only (default: all)"
+    )
+    add = groups.method.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        choices=methods,
+        default=methods,
+        metavar="METHOD",
+        help=f"some of {', '.join(methods)} (default: all)",
+    )
+    add(
+        "--patterns",
+        nargs="+",
+        default=["unstructured", "4:8", "2:4"],
+        metavar="PATTERN",
+        help="N:M, N removed of every M, or unstructured: 50 %% (default: unstructured 4:8 2:4)",
+    )
+    add("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], metavar="ALPHA", help="of gblm, a row each (default: 100)")
+    add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")
+    groups.output.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/table.jsonl"),
+        metavar="FILE",
+        help="JSON, a line for each row (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
     if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     try:
-        patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
+        args.patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
     except ValueError as error:
         parser.error(f"--patterns: {error}")
-    device = cli.start(args)
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Text and gradients once, then a model for every row."""
+    device, patterns = cli.start(args), args.patterns
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     outline = loading.outline(args.model, cache_dir=args.cache_dir)
@@ -92,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(parse, main)

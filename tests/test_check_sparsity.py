@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lib.models import checkpoint, loading
+from lib.models import loading, store
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import prune
 
@@ -39,12 +39,12 @@ def change(folder, name: str, edit) -> None:
 
 
 def prune_to(folder, source, decoder, pattern: str) -> None:
-    store = checkpoint.Store(folder, loading.original_tensors(str(source), decoder), len(decoder))
+    written = store.Store(folder, loading.dense_tensors(str(source), decoder))
     prune(
         decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None),
-        finished=lambda i, block: store.write_block(i, decoder.prefixes[i], block, decoder.linears(i)),
+        finished=lambda i, block: written.write_block(decoder.prefixes[i], block, [f"{name}.weight" for name in decoder.linears(i)]),
     )  # fmt: skip
-    store.finish(loading.saved_names(decoder), loading.saved_config(str(source), torch.float16))
+    written.finish()
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.models.checkpoint import replace_file
 from lib.gradients.walk import SCALE
+from lib.models.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
 

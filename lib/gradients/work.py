@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.models.checkpoint import replace_file
 from lib.gradients.sums import BlockSums
+from lib.models.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
 

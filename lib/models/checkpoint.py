@@ -1,67 +1,132 @@
-"""Where weights live on disk: a checkpoint's tensors mapped from its safetensors, and pruned blocks written as new shards.
-
-Nothing here holds more than one block in memory. Names are those of `model.state_dict()`.
-"""
+"""A checkpoint as it lies on disk: which files it has, and its tensors under the files' own names, mapped, never loaded whole."""
 
 import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
-SHARDS = "model*.safetensors"
-METADATA = {"format": "pt", "pruned_by": "GBLM-Pruner"}  # in the files' headers, which loaders do not look at
+# Files that hold weights, in any format of any tool. Everything else of a checkpoint's folder belongs to a pruned one too.
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ckpt")
+WEIGHT_INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json")
+PRUNED_BY = "GBLM-Pruner"  # in the headers of files this project writes (`store`), which loaders do not look at
 
 
-def open_checkpoint(name: str, cache_dir: str | None = None) -> Mapping[str, torch.Tensor] | None:
-    """The tensors of a local or hub checkpoint, read from its mapped safetensors on access; None if it has none.
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """{name in the files: tensor} of a local or hub checkpoint: safetensors, or PyTorch's .bin where there are none.
+
+    Args:
+        name: folder or hub name.
 
     Raises:
-        FileNotFoundError: a shard is missing. ValueError: one is damaged.
+        FileNotFoundError: a shard is missing, or there are no weights in either format. ValueError: a file is damaged.
     """
-    find = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
-    shards = [SAFE_WEIGHTS_NAME]  # where there are both, transformers ignores the index as well
-    if cached_file(name, SAFE_WEIGHTS_NAME, **find) is None and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **find)):
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        if missing := [shard for shard in shards if cached_file(name, shard, **find) is None]:
-            raise FileNotFoundError(f"{name} is incomplete, {missing[0]} of its index is not there: download it again")
-    entries = {}
-    for shard in shards:
-        path = cached_file(name, shard, **find)
-        if path is None:
-            return None
-        entries |= _entries(path)
-    return OffloadedWeightsLoader(index=entries)
+
+    def __init__(self, name: str, cache_dir: str | None = None):
+        self.name = name
+        self._find = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
+        self.index: Path | None = None  # the sharded files' own, where there is one
+        self.shards = self._shards()
+        self.where: dict[str, str] = {}  # name of a tensor -> file
+        self._pickled: dict[str, dict[str, torch.Tensor]] = {}
+        for shard, path in self.shards.items():
+            if shard.endswith(".safetensors"):
+                with open_safetensors(path) as file:
+                    self.where |= dict.fromkeys(file.keys(), shard)
+            else:
+                self._pickled[shard] = _mapped_pickle(path)
+                self.where |= dict.fromkeys(self._pickled[shard], shard)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        shard = self.where[key]
+        if shard in self._pickled:
+            return self._pickled[shard][key]
+        with open_safetensors(self.shards[shard]) as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def outline(self, key: str) -> torch.Tensor:
+        """A tensor's shape on the meta device; nothing is read."""
+        shard = self.where[key]
+        if shard in self._pickled:
+            return self._pickled[shard][key].to("meta")
+        with open_safetensors(self.shards[shard]) as file:
+            return torch.empty(file.get_slice(key).get_shape(), device="meta")
+
+    @property
+    def updated(self) -> bool:
+        """Whether this project wrote it and changed surviving weights as well."""
+        for path in self.shards.values():
+            if path.suffix == ".safetensors":
+                with open_safetensors(path) as file:
+                    if (file.metadata() or {}).get("updated"):
+                        return True
+        return False
+
+    def _shards(self) -> dict[str, Path]:
+        """{file: path}, of the format that transformers would load."""
+        for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+            if path := cached_file(self.name, single, **self._find):  # where there are both, transformers ignores the index
+                return {single: Path(path)}
+            if path := cached_file(self.name, index, **self._find):
+                self.index = Path(path)
+                files = sorted(set(json.loads(self.index.read_text())["weight_map"].values()))
+                found = {file: cached_file(self.name, file, **self._find) for file in files}
+                if missing := [file for file, path in found.items() if path is None]:
+                    raise FileNotFoundError(
+                        f"{self.name} is incomplete, {missing[0]} of its index is not there: download it again"
+                    )
+                return {file: Path(path) for file, path in found.items()}
+        raise FileNotFoundError(
+            f"{self.name} has neither safetensors nor PyTorch weights ({SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME})"
+        )
 
 
-def foreign_weights(folder: str | os.PathLike) -> Path | None:
-    """A file of weights in `folder` that a `Store` would delete and none has written; None if there is none."""
-    for path in sorted(Path(folder).glob(SHARDS)):
+def other_files(name: str, cache_dir: str | None = None) -> dict[str, Path]:
+    """{path inside the folder: file} of all that a checkpoint has besides weights: config, tokenizer, code, licence.
+
+    Of a model on the hub, the files that were not needed to load it are fetched now; without a network, what is cached.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        patterns = [*WEIGHT_FILES, *(f"**/{pattern}" for pattern in WEIGHT_FILES)]
         try:
-            with _opened(path) as file:
-                own = (file.metadata() or {}).get("pruned_by") == METADATA["pruned_by"]
-        except ValueError:
-            own = False  # a `Store` leaves no damaged files
-        if not own:
-            return path
-    return None
+            folder = Path(snapshot_download(name, cache_dir=cache_dir, ignore_patterns=patterns))
+        except OSError:  # out of reach
+            folder = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not {".git", ".cache"} & set(path.parts))
+    return {str(path.relative_to(folder)): path for path in files if not is_weights(path)}
 
 
-def _entries(path: str | os.PathLike) -> dict[str, dict]:
-    with _opened(path) as file:
-        return {key: {"safetensors_file": str(path), "weight_name": key} for key in file.keys()}  # noqa: SIM118 (a safe_open is not iterable)
+def is_weights(path: Path) -> bool:
+    """Whether a file holds weights, or says which file does."""
+    return any(path.match(pattern) for pattern in (*WEIGHT_FILES, *WEIGHT_INDEXES))
 
 
-def _opened(path: str | os.PathLike) -> safe_open:
+def open_safetensors(path: str | os.PathLike) -> safe_open:
+    """A safetensors file, mapped; ValueError if it is not a whole one."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): restore it, or remove it") from error
+
+
+def _mapped_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types here
+        raise ValueError(
+            f"{path} cannot be mapped ({type(error).__name__}): save the model once with transformers (model.save_pretrained)"
+        ) from error
 
 
 def replace_file(path: Path, write) -> None:
@@ -74,64 +139,3 @@ def replace_file(path: Path, write) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-class Store:
-    """A checkpoint folder in the making: sharded safetensors that `transformers` loads, a shard for each pruned block.
-
-    A tensor is written as the source has it, in the source's dtype, with zeros where the pruned weight is zero: a surviving
-    weight is bit-identical to the source's even if the run computed in another dtype.
-    """
-
-    def __init__(self, folder: str | os.PathLike, source: Mapping[str, torch.Tensor], nblocks: int):
-        self.folder = Path(folder)
-        self.source = source
-        self.nshards = nblocks + 1
-        self.weight_map: dict[str, str] = {}
-        self.total_size = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # The index goes first and comes back last: without it the folder is no checkpoint.
-        for stale in [self.folder / SAFE_WEIGHTS_INDEX_NAME, *self.folder.glob(SHARDS + "*")]:  # and unfinished ones
-            stale.unlink(missing_ok=True)
-
-    def write_block(self, i: int, prefix: str, block: torch.nn.Module, pruned: Container[str], updated: bool = False) -> None:
-        """Write block `i`, whose tensors are called `prefix` + their name inside it.
-
-        `pruned`: names inside the block of the linears that were pruned; nothing else differs from the source. `updated`: their
-        surviving weights changed as well (SparseGPT).
-        """
-        tensors = {}
-        for name, value in block.state_dict().items():
-            original = self.source[prefix + name]
-            owner, _, kind = name.rpartition(".")
-            if kind != "weight" or owner not in pruned:
-                tensors[prefix + name] = original
-            elif updated:
-                tensors[prefix + name] = value.to("cpu", original.dtype)
-            else:
-                tensors[prefix + name] = original.masked_fill((value == 0).to(original.device), 0)
-        self._write_shard(i + 1, tensors)
-
-    def finish(self, names: list[str], config, tokenizer=None) -> None:
-        """Write the tensors `names` that no block has, as the source has them, then config, tokenizer and the index."""
-        self._write_shard(0, {name: self.source[name] for name in names if name not in self.weight_map})
-        config.save_pretrained(self.folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self.folder)
-        index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(self.weight_map.items()))}
-        text = json.dumps(index, indent=2)
-        replace_file(self.folder / SAFE_WEIGHTS_INDEX_NAME, lambda path: path.write_text(text))
-
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """What has been written so far, read from its mapped files."""
-        written = {}
-        for shard in set(self.weight_map.values()):
-            written |= _entries(self.folder / shard)
-        return OffloadedWeightsLoader(index=written)
-
-    def _write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        shard = f"model-{number + 1:05d}-of-{self.nshards:05d}.safetensors"
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        replace_file(self.folder / shard, lambda path: save_file(contiguous, path, metadata=METADATA))
-        self.weight_map |= dict.fromkeys(contiguous, shard)
-        self.total_size += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ from accelerate.utils import set_module_tensor_to_device
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 from transformers.utils import cached_file
 
-from lib.models import checkpoint
+from lib.models.checkpoint import Checkpoint
+from lib.models.conversion import ModelTensors
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ def load(
     """Load a local or hub model for inference and pruning.
 
     `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
-    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's safetensors.
+    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's files.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without matching safetensors.
+        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without a tensor of the model.
     """
     device = resolve_device(device)
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
@@ -63,7 +63,6 @@ def outline(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    source=None,
     cache_dir: str | None = None,
 ) -> Decoder:
     """A model with its parameters on the meta device: names and shapes, from its config alone.
@@ -79,28 +78,28 @@ def outline(
         raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return Decoder(model, torch.device(device), source)
+    return Decoder(model, torch.device(device))
 
 
 def on_disk(
     name: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", cache_dir: str | None = None
 ) -> Decoder:
-    """A model all of whose tensors are still in its checkpoint's safetensors, `source`.
+    """A model all of whose tensors are still in its checkpoint's files, `source`.
 
     Raises:
-        ValueError: no safetensors, or under other names than the model's; or a model that cannot be pruned.
+        ValueError: a tensor of the model that the files do not have, or a model that cannot be pruned.
     """
-    source = checkpoint.open_checkpoint(name, cache_dir)
-    remedy = "save it once with transformers (model.save_pretrained), or, to prune it, use --memory resident"
-    if source is None:
-        raise ValueError(f"{name} has no safetensors files to read blocks from: {remedy}")
-    decoder = outline(name, dtype=dtype, device=device, source=source, cache_dir=cache_dir)
+    decoder = outline(name, dtype=dtype, device=device, cache_dir=cache_dir)
+    decoder.source = source = ModelTensors(Checkpoint(name, cache_dir), decoder.model)
     for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
         # A config may say "tied" of weights that are not: like transformers, believe the weights.
         if tied in source and other in source and not torch.equal(source[tied], source[other]):
             del decoder.model.all_tied_weights_keys[tied]
     if missing := [key for key in saved_names(decoder) if key not in source]:
-        raise ValueError(f"{name} stores its tensors under other names ({missing[0]} is missing): {remedy}")
+        raise ValueError(
+            f"{name} has no tensor that makes {missing[0]} of {type(decoder.model).__name__}: its config and its weights do not "
+            "belong together, or --memory resident reads what streaming cannot"
+        )
     return decoder
 
 
@@ -124,23 +123,9 @@ def load_tokenizer(name: str, cache_dir: str | None = None):
     return LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
 
 
-def original_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> Mapping[str, torch.Tensor]:
-    """The tensors a pruned checkpoint is made from: the checkpoint's own, or the model's where their names differ."""
-    if decoder.source is not None:
-        return decoder.source
-    own = checkpoint.open_checkpoint(name, cache_dir)
-    state = decoder.model.state_dict()
-    if own is not None and all(key in own for key in saved_names(decoder)):
-        return own
-    logger.warning("%s has no safetensors under the model's names: it is saved in %s", name, decoder.model.dtype)
-    return state
-
-
-def saved_config(name: str, dtype: torch.dtype, cache_dir: str | None = None):
-    """The checkpoint's own config, for weights saved in `dtype`."""
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    config.dtype = dtype
-    return config
+def dense_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> ModelTensors:
+    """The tensors that a model was loaded from, in the files of its checkpoint."""
+    return decoder.source if decoder.source is not None else ModelTensors(Checkpoint(name, cache_dir), decoder.model)
 
 
 def saved_names(decoder: Decoder) -> list[str]:

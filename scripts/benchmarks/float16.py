@@ -41,10 +41,10 @@ def linears_of(decoder) -> list[torch.nn.Linear]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--dataset", default="demo/calibration.jsonl")
-    parser.add_argument("--nsamples", type=int, default=1)
-    parser.add_argument("--seq_length", type=int, default=2048)
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="default: %(default)s")
+    parser.add_argument("--dataset", default="demo/calibration.jsonl", help="default: %(default)s")
+    parser.add_argument("--nsamples", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--seq_length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
     args = parser.parse_args()
     docs, tokenizer = data.documents(args.dataset), loading.load_tokenizer(args.model)
     windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, seed=0)

@@ -20,12 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("folder", type=Path, help="to be made")
+    parser.add_argument("--hidden", type=int, default=4096, help="size of a hidden state (default: %(default)s)")
+    parser.add_argument("--intermediate", type=int, default=11008, help="width of the MLP (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=32, help="decoder blocks (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=32, help="attention heads (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="tokens (default: %(default)s)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
 

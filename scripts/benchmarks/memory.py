@@ -38,10 +38,10 @@ def peak(*arguments: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--dataset", default="demo/calibration.jsonl")
-    parser.add_argument("--nsamples", default="8")
-    parser.add_argument("--seq_length", default="2048")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="default: %(default)s")
+    parser.add_argument("--dataset", default="demo/calibration.jsonl", help="default: %(default)s")
+    parser.add_argument("--nsamples", default="8", help="default: %(default)s")
+    parser.add_argument("--seq_length", default="2048", help="tokens of a sample (default: %(default)s)")
     args = parser.parse_args()
     naive = peak("-c", NAIVE, args.model, args.dataset, args.nsamples, args.seq_length)
     print(f"naive, float32                       {naive:6.2f} GB", flush=True)

@@ -68,10 +68,10 @@ def compare(label: str, naive, ours, runs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--nsamples", type=int, default=8)
-    parser.add_argument("--seq_length", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="default: %(default)s")
+    parser.add_argument("--nsamples", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--seq_length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=2, help="of each pair (default: %(default)s)")
     args = parser.parse_args()
 
     decoder = loading.load(args.model, dtype="float32", device="cpu")

@@ -9,9 +9,9 @@ from torch import nn
 
 from lib.gradients import sums as sums_module
 from lib.gradients import walk
-from lib.models import loading
 from lib.gradients.sums import BlockSums
 from lib.gradients.walk import gradient_norms
+from lib.models import loading
 
 SCALE = 100.0
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.walk import gradient_norms
-from lib.models import checkpoint, loading, memory
+from lib.models import checkpoint, loading, memory, store
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import METHODS, prune
 from lib.pruning.selection import select
@@ -68,18 +68,19 @@ def test_pruned_checkpoints_are_bitwise_equal(saved, family, method, tmp_path):
     windows, found = random_windows(6), []
     resident, streamed = both(saved, family)
     for name, decoder in (("resident", resident), ("streamed", streamed)):
-        store = checkpoint.Store(tmp_path / name, loading.original_tensors(str(saved / family), decoder), len(decoder))
+        dense_tensors = loading.dense_tensors(str(saved / family), decoder)
+        written = store.Store(tmp_path / name, dense_tensors, updated=method == "sparsegpt")
         dense = perplexity(decoder, windows, group=1 if name == "resident" else 4)
         prune(
             decoder, windows, method=method, sparsity=Sparsity.parse("2:4"), gradients=gradients,
             hidden_states=None if name == "resident" else 2,
-            finished=lambda i, block, s=store, d=decoder: s.write_block(
-                i, d.prefixes[i], block, d.linears(i), updated=method == "sparsegpt"
+            finished=lambda i, block, s=written, d=decoder: s.write_block(
+                d.prefixes[i], block, [f"{linear}.weight" for linear in d.linears(i)]
             ),
         )  # fmt: skip
-        store.finish(loading.saved_names(decoder), loading.saved_config(str(saved / family), torch.float32))
+        written.finish()
         if name == "streamed":
-            decoder.source = store.tensors()
+            decoder.source = written.tensors()
         found.append((dense, perplexity(decoder, windows)))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("resident", "streamed")]
@@ -97,12 +98,12 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device="cpu")
     targets = select(decoder, Sparsity.parse("2:4"), exclude=["*.up_proj"])
-    store = checkpoint.Store(tmp_path / "pruned", loading.original_tensors(str(tmp_path / "dense"), decoder), 3)
+    written = store.Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder))
     prune(
         decoder, None, method="magnitude", sparsity=targets,
-        finished=lambda i, block: store.write_block(i, decoder.prefixes[i], block, targets[i]),
+        finished=lambda i, block: written.write_block(decoder.prefixes[i], block, [f"{name}.weight" for name in targets[i]]),
     )  # fmt: skip
-    store.finish(loading.saved_names(decoder), loading.saved_config(str(tmp_path / "dense"), torch.float32))
+    written.finish()
     dense, pruned = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "pruned"))
     for name, weight in pruned.items():
         if name.endswith("proj.weight") and "up_proj" not in name:
@@ -131,7 +132,7 @@ def test_incomplete_and_damaged_checkpoints_are_named(saved, tmp_path):
     shard.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=rf"{shard.name} is not a whole safetensors file"):
         loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
-    assert checkpoint.foreign_weights(tmp_path / "model")
+    assert store.foreign_weights(tmp_path / "model")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=rf"is incomplete, {shard.name} of its index"):
         loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
@@ -141,7 +142,7 @@ def test_a_stale_index_beside_a_whole_file_is_ignored(saved, tmp_path):
     """As transformers does."""
     shutil.copy(saved / "llama" / "model.safetensors.index.json", tmp_path)
     tiny_model("llama").save_pretrained(tmp_path)
-    assert "model.layers.2.mlp.up_proj.weight" in checkpoint.open_checkpoint(str(tmp_path))
+    assert "model.layers.2.mlp.up_proj.weight" in checkpoint.Checkpoint(str(tmp_path))
 
 
 def test_many_hidden_states_go_to_a_file(saved):
@@ -159,7 +160,10 @@ def test_many_hidden_states_go_to_a_file(saved):
 def test_what_cannot_be_streamed_says_why(saved, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((saved / "llama" / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"no safetensors files.*save_pretrained.*--memory resident"):
+    with pytest.raises(ValueError, match=r"no tensor that makes model\.embed_tokens\.weight"):
+        loading.load(str(tmp_path), device="cpu", streamed=True)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither safetensors nor PyTorch weights"):
         loading.load(str(tmp_path), device="cpu", streamed=True)
     index = json.loads((saved / "llama" / "model.safetensors.index.json").read_text())
     for file in set(index["weight_map"].values()):
@@ -167,7 +171,7 @@ def test_what_cannot_be_streamed_says_why(saved, tmp_path):
     config = json.loads((saved / "llama" / "config.json").read_text()) | {"num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"layers\.3\..* is missing"):
+    with pytest.raises(ValueError, match=r"no tensor that makes model\.layers\.3\."):
         loading.load(str(tmp_path), device="cpu", streamed=True)
 
 
