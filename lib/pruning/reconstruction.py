@@ -39,7 +39,9 @@ def reconstruct(
     training, held = torch.arange(count).split([count - count // HELD_OUT, count // HELD_OUT])
     held = [j for j in (held if len(held) else training).tolist() if j in own]
     dtype, device = decoder.model.dtype, decoder.device
-    weights = {f"{name}.weight": linear.weight.to(torch.float32, copy=True).requires_grad_() for name, linear in linears.items()}
+    weights = {
+        f"{name}.weight": linear.weight.to(torch.float32, copy=True).requires_grad_() for name, linear in linears.items()
+    }
     kept = [weight != 0 for weight in weights.values()]
 
     def loss(j: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.pruning import least_squares, sparsegpt
+from lib.pruning import admm, least_squares, sparsegpt
 
 UPDATES = ("none", "obs", "lsq")
-STAGE_STEPS = 5  # of conjugate gradients between two stages: enough to tell which weights the others can stand in for
+POLISH_STEPS = 10  # of conjugate gradients behind the stages, whose weights are near the solution already
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,13 @@ def solve(
     """
     if recipe.update == "none":
         return weight.masked_fill(choose(weight, 1), 0)
-    current = weight.float()
-    for share in shares(recipe.stages):
-        mask = choose(current, share)
-        if recipe.update == "obs":
-            current = sparsegpt.solve(current, hessian.clone(), mask)
-        else:
-            steps = least_squares.STEPS if share == 1 else STAGE_STEPS
-            current = least_squares.solve(weight, mask, hessian.clone(), start=current, steps=steps)
+    if recipe.update == "obs":
+        current = weight.float()
+        for share in shares(recipe.stages):
+            current = sparsegpt.solve(current, hessian.clone(), choose(current, share))
+    elif recipe.stages == 1:
+        current = least_squares.solve(weight, choose(weight, 1), hessian.clone())
+    else:
+        mask, start = admm.solve(weight, hessian.clone(), choose, shares(recipe.stages))
+        current = least_squares.solve(weight, mask, hessian.clone(), start=start, steps=POLISH_STEPS)
     return current.to(weight.dtype)
