@@ -98,8 +98,9 @@ def compare(decoder: Decoder, dense: Decoder) -> list[str]:
 
     If the files say that survivors were updated, the values of pruned linears are not compared.
     """
-    linears = [f"{decoder.prefixes[i]}{name}.weight" for i in range(len(decoder)) for name in decoder.linears(i)]
-    pruned = decoder.source.in_files(linears)
+    blocks = range(len(decoder))
+    matrices = [(i, matrix) for i in blocks for matrix in (decoder.linears(i) | decoder.routers(i)).values()]
+    pruned = decoder.source.in_files({decoder.prefixes[i] + matrix.tensor_name for i, matrix in matrices})
     files, expected = decoder.source.checkpoint, dense.source.checkpoint
     changed = [f"{name}: in only one of the two checkpoints" for name in sorted(set(files) ^ set(expected))]
     for name in [name for name in files if name in expected and not (files.updated and name in pruned)]:

@@ -1,9 +1,9 @@
 """The sums of per-sample gradients: what one block's linears have collected so far, and their l1 and l2 norms."""
 
 import torch
-from torch import nn
 
 from lib import parallel
+from lib.models.weights import Matrix
 
 CACHE_ELEMENTS = 2**17  # on a CPU a gradient is widened and added in parts: what they take stays in the cache
 
@@ -41,12 +41,12 @@ class BlockSums:
                 else:
                     parts["l1"][k].add_(part.abs_(), alpha=factor)
 
-    def of_all_ranks(self, linears: dict[str, nn.Linear], device: torch.device) -> "BlockSums":
+    def of_all_ranks(self, linears: dict[str, Matrix], device: torch.device) -> "BlockSums":
         """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros on `device`."""
         for totals in self.totals.values():
             for name, linear in linears.items():
                 if name not in totals:
-                    totals[name] = torch.zeros(linear.weight.shape, dtype=torch.float32, device=device)
+                    totals[name] = torch.zeros(linear.shape, dtype=torch.float32, device=device)
                 if parallel.world() > 1:  # whose layouts may differ
                     totals[name] = parallel.add_up(totals[name].contiguous())
         return self

@@ -8,7 +8,7 @@ soft-capping and tied heads are the model's own and no family is a special case.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 
 import torch
@@ -17,12 +17,15 @@ from torch import nn
 from torch.func import functional_call
 from transformers.cache_utils import Cache
 
+from lib.models.carried import Carried, split
 from lib.models.host import mapped, trim_heap
+from lib.models.weights import Matrix, matrices_of
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
 TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
-FINGERPRINT_VALUES = 16  # weights of each linear that identify it
+FINGERPRINT_VALUES = 16  # weights of each matrix that identify it
+MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
 
 
 @dataclass
@@ -31,6 +34,7 @@ class State:
 
     hidden: torch.Tensor
     kwargs: list[dict]
+    carried: Carried = field(default_factory=dict)  # of the arguments, the mappings that blocks fill for later ones
     mapped: bool = False  # `hidden` is a slot of a file, to be written in place
 
 
@@ -42,12 +46,12 @@ class Decoder:
     """A causal LM as head - blocks - tail, in memory or (`source` given) with its blocks read from disk as needed.
 
     Args:
-        model: any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`; its parameters are frozen.
+        model: any `AutoModelForCausalLM`, most of whose blocks' weights are matrices (weights.py); its parameters are frozen.
         device: where the blocks compute. Whatever of the model is in memory must already be there.
         source: {tensor name: tensor}; the blocks' own tensors are then on the meta device.
 
     Raises:
-        ValueError: no list of decoder blocks, or a block with weight matrices that are not those of a dense `nn.Linear`.
+        ValueError: no list of decoder blocks, quantised weights, or less than half of the blocks' weights can be pruned.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, source: Mapping[str, torch.Tensor] | None = None):
@@ -58,29 +62,42 @@ class Decoder:
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
         self._returns_tuple = False  # of a block; learnt when one runs
-        for i, block in enumerate(self.blocks):
-            _require_linears(f"{path}.{i}", block)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # one product per expert: `weights.products` sees each
+        self._require_prunable(path)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def linears(self, i: int) -> dict[str, nn.Linear]:
-        """{path inside the block: linear} of block `i`."""
-        return {name: module for name, module in self.blocks[i].named_modules() if isinstance(module, nn.Linear)}
+    def linears(self, i: int) -> dict[str, Matrix]:
+        """{path inside the block: matrix} of all that is pruned in block `i` unless flags say otherwise."""
+        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if not matrix.router}
+
+    def routers(self, i: int) -> dict[str, Matrix]:
+        """Those that send tokens to experts: dense unless a flag names them."""
+        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if matrix.router}
 
     def shapes(self, i: int) -> dict[str, torch.Size]:
-        """{linear: (out, in)} of block `i`."""
-        return {name: linear.weight.shape for name, linear in self.linears(i).items()}
+        """{matrix: (out, in)} of block `i`, routers included."""
+        return {name: matrix.shape for name, matrix in matrices_of(self.blocks[i]).items()}
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
-        """A few weights of each linear of block `i`, evenly spaced, fp32 on the CPU: {linear: (FINGERPRINT_VALUES,)}."""
-        linears = self.linears(i)
-        weights = [self.source[f"{self.prefixes[i]}{name}.weight"] if self.source else linears[name].weight for name in linears]
-        where = torch.stack(
-            [torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long() for weight in weights]
-        ).to(weights[0].device)
-        values = torch.stack([weight.flatten()[own].float() for weight, own in zip(weights, where, strict=True)])
-        return dict(zip(linears, values.cpu(), strict=True))
+        """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
+        matrices = matrices_of(self.blocks[i])
+        where = [_evenly(matrix.shape) for matrix in matrices.values()]
+        read: dict[str, torch.Tensor] = {}
+        if self.source is None:
+            where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
+        values = []
+        for matrix, (row, column) in zip(matrices.values(), where, strict=True):
+            weight = matrix.stored.detach()
+            if self.source is not None:
+                if matrix.tensor_name not in read:  # a stack once for all its matrices
+                    read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
+                weight = read[matrix.tensor_name]
+                weight = weight if matrix.index is None else weight[matrix.index]
+            values.append(matrix.oriented(weight)[row, column].float())
+        return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
 
     @contextmanager
     def resident(self, i: int) -> Iterator[nn.Module]:
@@ -126,10 +143,16 @@ class Decoder:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
             except _Recorded:
                 pass
-        kwargs = [call for _, call in calls]
+        kwargs, carried = split([call for _, call in calls])
         if not _equal(kwargs, self._kwargs):
             self._kwargs = kwargs
-        return State(calls[0][0], self._kwargs)
+        kwargs = self._kwargs
+        if carried:
+            kwargs = [
+                own | {name: carried[name] for name in call if name in carried}
+                for own, (_, call) in zip(kwargs, calls, strict=True)
+            ]
+        return State(calls[0][0], kwargs, carried)
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
         """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
@@ -148,7 +171,8 @@ class Decoder:
         self, i: int, hidden: torch.Tensor, kwargs: dict, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Block `i`, which must be resident: (B, T, H) to (B, T, H); `weights`, by their names inside it, instead of its own."""
-        output = functional_call(self.blocks[i], weights or {}, (hidden,), kwargs)
+        block = self.blocks[i]
+        output = functional_call(block, weights, (hidden,), kwargs) if weights else block(hidden, **kwargs)
         self._returns_tuple = isinstance(output, tuple)
         return output[0] if self._returns_tuple else output
 
@@ -187,6 +211,28 @@ class Decoder:
             total += loss.detach()
         return total, gradient
 
+    def _require_prunable(self, path: str) -> None:
+        prunable = total = 0
+        largest = ("", torch.empty(0))
+        for i, block in enumerate(self.blocks):
+            own = {id(getattr(matrix.module, matrix.parameter)) for matrix in self.linears(i).values()}
+            for name, parameter in block.named_parameters():
+                total += parameter.numel()
+                if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
+                    raise ValueError(
+                        f"{path}.{i}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
+                        "was made from"
+                    )
+                if id(parameter) in own:
+                    prunable += parameter.numel()
+                elif parameter.numel() > largest[1].numel():
+                    largest = (f"{path}.{i}.{name}", parameter)
+        if prunable < MINIMUM_SHARE * total:
+            raise ValueError(
+                f"only {prunable / total:.0%} of the weights in the blocks of {type(self.model).__name__} belong to matrix products "
+                f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
+            )
+
     @contextmanager
     def _blocks_replaced(self, forwards: list) -> Iterator[None]:
         # On the instance, so that a model that asks a block for its attributes still finds them.
@@ -207,19 +253,10 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks: this project prunes decoder-only models")
 
 
-def _require_linears(path: str, block: nn.Module) -> None:
-    linear = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
-    for name, parameter in block.named_parameters():
-        if parameter.ndim > 1 and id(parameter) not in linear:
-            owner = type(block.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(
-                f"{path}.{name} {tuple(parameter.shape)} belongs to a {owner}, not an nn.Linear: only blocks whose weight "
-                "matrices are all nn.Linear can be pruned (GPT-2's Conv1D and fused experts cannot)"
-            )
-        if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
-            raise ValueError(
-                f"{path}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it was made from"
-            )
+def _evenly(shape: torch.Size) -> torch.Tensor:
+    """Rows and columns of FINGERPRINT_VALUES weights of a matrix: (2, values)."""
+    flat = torch.linspace(0, shape.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return torch.stack([flat // shape[1], flat % shape[1]])
 
 
 def _equal(a, b) -> bool:

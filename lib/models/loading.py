@@ -17,6 +17,7 @@ from lib.models.decoder import Decoder
 logger = logging.getLogger(__name__)
 
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
+NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -121,6 +122,11 @@ def load_tokenizer(name: str, cache_dir: str | None = None):
     said = json.loads(Path(path).read_text()) if path else {}
     missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
     return LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
+
+
+def needs_bos(decoder: Decoder) -> bool:
+    """Whether a model's family was trained with BOS before every text, and needs it: Gemma 1 to 4 and what derives from them."""
+    return any(family in decoder.model.config.model_type for family in NEED_BOS)
 
 
 def dense_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> ModelTensors:

@@ -1,10 +1,11 @@
-"""Input statistics of the linears of one block, taken by hooks while calibration samples run through it."""
+"""Input statistics of the linears of one block, taken while calibration samples run through it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+
+from lib.models.weights import Matrix, products
 
 
 class ActivationNorm:
@@ -12,9 +13,11 @@ class ActivationNorm:
 
     def __init__(self, width: int, device: torch.device):
         self.total = torch.zeros(width, dtype=torch.float32, device=device)
+        self.tokens = 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
+        self.tokens += inputs.numel() // inputs.shape[-1]
         self.total += inputs.reshape(-1, inputs.shape[-1]).float().square().sum(dim=0)
 
     def result(self, nsamples: int) -> torch.Tensor:
@@ -23,32 +26,23 @@ class ActivationNorm:
 
 
 @contextmanager
-def observe(linears: dict[str, nn.Linear], statistic: Callable) -> Iterator[dict]:
+def observe(linears: dict[str, Matrix], statistic: Callable) -> Iterator[dict]:
     """While the context is open, feed every input of `linears` to a `statistic(in, device)` of its own.
 
     Linears that are given the very same tensor (q, k and v; gate and up) share one statistic, so it is computed and kept
-    once. Yields {name of the linear: its statistic}, filled at the first forward pass. The hooks are always removed.
+    once. Yields {name of the linear: its statistic}, filled as inputs come: an expert that no token is sent to has none.
     """
     statistics: dict[str, object] = {}
     last: list = [None, None]  # the input seen last, and the name of the linear that was given it first
 
-    def hook_of(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            inputs = args[0]
-            if inputs is not last[0]:
-                last[:] = inputs, name
-                if name not in statistics:
-                    statistics[name] = statistic(module.in_features, inputs.device)
-                statistics[name].add(inputs)
-            elif name not in statistics:
-                statistics[name] = statistics[last[1]]
+    def seen(name: str, inputs: torch.Tensor) -> None:
+        if inputs is not last[0]:
+            last[:] = inputs, name
+            if name not in statistics:
+                statistics[name] = statistic(inputs.shape[-1], inputs.device)
+            statistics[name].add(inputs)
+        elif name not in statistics:
+            statistics[name] = statistics[last[1]]
 
-        return hook
-
-    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
-    try:
+    with products(linears, seen):
         yield statistics
-    finally:
-        last[:] = None, None
-        for handle in handles:
-            handle.remove()

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.models.decoder import Decoder, State
+from lib.models.weights import Matrix
 from lib.pruning import scores, sparsegpt, update
 from lib.pruning.activations import ActivationNorm, observe
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
@@ -69,8 +70,11 @@ class Choice:
         self.rule, self.target, self.use_variant = rule, target, use_variant
         self.hessian = statistic if statistic is not None and statistic.ndim == 2 else None
         self.measure = (rule.inverse if inverse else rule.score) or scores.wanda
-        self.factors: dict = {"alpha": alpha} if self.measure is scores.gblm else {}
-        if rule.statistic:
+        self.alpha = {"alpha": alpha} if self.measure is scores.gblm else {}
+        self.factors: dict[str, torch.Tensor] = {}
+        if rule.statistic and statistic is None:  # an expert that no token reached
+            self.factors["x_norm"] = torch.zeros(())
+        elif rule.statistic:
             self.factors["x_norm"] = statistic if self.hessian is None else (statistic.diagonal() / 2).sqrt()
         if rule.gradients:
             self.factors["grad_norm"] = grad_norm
@@ -78,7 +82,8 @@ class Choice:
 
     def __call__(self, weight: torch.Tensor, share: float = 1.0) -> torch.Tensor:
         """The mask that method and target ask for, or of what it removes the `share` of lowest score."""
-        score = self.measure(weight, **self.factors)
+        factors = {name: value.to(weight.device, non_blocking=True) for name, value in self.factors.items()}
+        score = self.measure(weight, **factors, **self.alpha)
         self.sound = score.amax().isfinite() & self.sound  # scores are not negative, and NaN is larger than all
         if self.rule.score:
             mask = mask_of(score, self.target, self.rule.group, self.use_variant)
@@ -121,10 +126,10 @@ def prune(
         finished: called with every block, while it is resident, when its weights are final.
 
     Raises:
-        ValueError: an N:M pattern that does not divide a linear, non-finite scores, or weights that an update makes so.
+        ValueError: an N:M pattern that does not divide a linear, or one whose scores, or updated weights, are not finite.
     """
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
-    rule = METHODS[method]
+    rule, options = METHODS[method], {"alpha": alpha, "inverse": gradient_inv, "use_variant": use_variant}
     statistic = rule.observes(recipe)
     if hidden_states is not None and recipe.epochs:
         hidden_states //= 2  # for each of two streams
@@ -133,27 +138,23 @@ def prune(
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
-            linears = decoder.linears(i)
-            chosen = {name: linears[name] for name in targets.get(i, ())}
+            matrices = decoder.linears(i) | decoder.routers(i)
+            chosen = {name: matrices[name] for name in targets.get(i, ())}
+            linears = decoder.linears(i) | chosen
             decoder.advance(i, dense)
-            seen = _observe(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
+            statistics = _observe(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
-            norms = {name: norm.to(decoder.device, non_blocking=True) for name, norm in norms.items()}
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
+            unknown = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             for name, linear in chosen.items():
-                choice = Choice(
-                    rule,
-                    targets[i][name],
-                    seen.get(name),
-                    norms.get(name),
-                    alpha=alpha,
-                    inverse=gradient_inv,
-                    use_variant=use_variant,
-                )
+                if name in unknown:
+                    linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), targets[i][name]), 0)
+                    continue
+                choice = Choice(rule, targets[i][name], statistics.get(name), norms.get(name), **options)
                 if rule.score or recipe.update != "none":
-                    weight = update.solve(linear.weight, seen.get(name), choice, recipe)
+                    weight = update.solve(linear.weight, statistics.get(name), choice, recipe)
                 else:
-                    weight = sparsegpt.solve(linear.weight, seen[name], targets[i][name])
+                    weight = sparsegpt.solve(linear.weight, statistics[name], targets[i][name])
                 sound[name] = choice.sound & weight.isfinite().all()
                 linear.weight.copy_(weight)
             if recipe.epochs and chosen:
@@ -190,21 +191,43 @@ def share_of_zeros(zeros: Zeros) -> float:
 
 
 def _observe(
-    decoder: Decoder, i: int, linears: dict, states: list[State], statistic: type, nsamples: int
-) -> dict[str, torch.Tensor]:
-    """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}."""
+    decoder: Decoder, i: int, linears: dict[str, Matrix], states: list[State], statistic: type, nsamples: int
+) -> dict[str, torch.Tensor | None]:
+    """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
+    for an expert that no token was sent to."""
     with observe(linears, statistic) as observed:
         for state in states:
             decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
-    never = linears.keys() - observed.keys()
-    if never:
-        raise ValueError(f"{decoder.prefixes[i]}{min(never)} was never run: it does not take part in the block's forward")
-    for shared in {id(seen): seen for seen in observed.values()}.values():
-        parallel.add_up(shared.total)
-    return {name: seen.result(nsamples) for name, seen in observed.items()}
+    for name, linear in linears.items():
+        if name not in observed:
+            if linear.index is None:
+                raise ValueError(f"{decoder.prefixes[i]}{name} was never run: it does not take part in the block's forward")
+            observed[name] = statistic(linear.in_features, decoder.device)  # an expert; elsewhere it may have tokens
+    shared = {id(observed[name]): observed[name] for name in linears}.values()  # in the same order in every process
+    for seen in shared:
+        parallel.add_up(seen.total)
+    tokens = parallel.add_up(torch.tensor([seen.tokens for seen in shared]))
+    reached = {id(seen): count for seen, count in zip(shared, tokens.tolist(), strict=True)}
+    return {name: observed[name].result(nsamples) if reached[id(observed[name])] else None for name in linears}
 
 
-def _look(linears: dict[str, nn.Linear], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> set[str]:
+    """Matrices of experts that no calibration token reached: nothing is known of them but their own weights."""
+    experts = [name for name, linear in linears.items() if linear.index is not None]
+    unknown = {
+        name
+        for name in experts
+        if (statistics or norms) and statistics.get(name) is None and (not norms or not norms[name].any())
+    }
+    if unknown:
+        logger.warning(
+            "%d of %d matrices of experts in %s had no calibration tokens, they are pruned by magnitude: %s",
+            len(unknown), len(experts), prefix.removesuffix("."), ", ".join(sorted(unknown)[:3]) + (" ..." if len(unknown) > 3 else ""),
+        )  # fmt: skip
+    return unknown
+
+
+def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """A block's (zeros, weights) per linear, and the names of those that are not sound: one wait for the device."""
     nonzero = [torch.count_nonzero(linear.weight) for linear in linears.values()]
     numbers = torch.stack([*nonzero, *sound.values()]).tolist()
@@ -220,5 +243,8 @@ def _remedy(rule: Method, recipe: Recipe) -> str:
     if recipe.update != "none":
         return "scores or updated weights are not finite: check weights and gradient norms, or use --dtype bfloat16 or float32"
     if rule.score is None:
-        return "the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples"
+        return (
+            "the Hessian of the inputs is not positive definite, or a weight not finite: check the weights, use more --nsamples, "
+            "or --dtype bfloat16 or float32"
+        )
     return "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"

@@ -34,7 +34,8 @@ def select(
     """
     if not -1 <= layer < len(decoder):
         raise ValueError(f"--layer_no {layer} does not exist: the model has blocks 0 to {len(decoder) - 1}")
-    linears = {(i, name): linear for i in range(len(decoder)) for name, linear in decoder.linears(i).items()}
+    blocks = range(len(decoder))
+    linears = {(i, name): linear for i in blocks for name, linear in (decoder.linears(i) | decoder.routers(i)).items()}
     names = {(i, name): f"{decoder.prefixes[i]}{name}" for i, name in linears}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
@@ -44,6 +45,7 @@ def select(
         for key, full in names.items()
         if layer in (-1, key[0])
         and (not include or any(fnmatchcase(full, pattern) for pattern in include))
+        and (not linears[key].router or _by_name(full, include))
         and not any(fnmatchcase(full, pattern) for pattern in exclude)
     }
     if not selected:
@@ -74,10 +76,12 @@ def total_ratio(decoder: Decoder, targets: Targets) -> float:
     """The share of zeros that `targets` ask for, over all linears of all blocks."""
     removed = total = 0.0
     for i in range(len(decoder)):
-        for name, linear in decoder.linears(i).items():
-            total += linear.weight.numel()
-            if name in targets.get(i, {}):
-                removed += linear.weight.numel() * targets[i][name].ratio
+        own = targets.get(i, {})
+        for name, linear in (
+            decoder.linears(i) | {name: decoder.routers(i)[name] for name in own.keys() & decoder.routers(i).keys()}
+        ).items():
+            total += linear.shape.numel()
+            removed += linear.shape.numel() * own[name].ratio if name in own else 0
     return removed / total
 
 
@@ -97,6 +101,12 @@ def read_ratios(path: str) -> dict[str, float]:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
             raise ValueError(f"{path} gives {key!r} the ratio {ratio!r}: it must be a number in [0, 1)")
     return ratios
+
+
+def _by_name(full: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern ends with the very name of a router, such as "*.gate": "*.mlp.*" does not mean it."""
+    own = full.rpartition(".")[2]
+    return any(pattern.rpartition(".")[2] == own and fnmatchcase(full, pattern) for pattern in patterns)
 
 
 def _matching(pattern: str, names: dict[tuple[int, str], str], flag: str) -> list[tuple[int, str]]:

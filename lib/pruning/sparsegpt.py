@@ -13,10 +13,12 @@ class Hessian:
 
     def __init__(self, width: int, device: torch.device):
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.tokens = 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += len(rows)
         self.total.addmm_(rows.T, rows)
 
     def result(self, nsamples: int) -> torch.Tensor:
@@ -40,7 +42,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, remove: masks.Sparsity | 
 
     Args:
         weight: (out, in), any float dtype; unchanged.
-        hessian: (in, in) fp32, consumed.
+        hessian: (in, in), consumed. The solve runs in its dtype, fp32 as `Hessian` gives it.
         remove: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights); or the
             mask of another method, (out, in), for the update alone.
 
@@ -48,7 +50,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, remove: masks.Sparsity | 
         The new weight, (out, in), in the dtype of `weight`; NaN throughout if the damped Hessian is not positive definite
         (non-finite activations): raising an error here would make the host wait for a GPU.
     """
-    w = weight.float().clone()
+    w = weight.to(hessian.dtype, copy=True)
     given = remove if isinstance(remove, torch.Tensor) else None
     sparsity = masks.Sparsity(1.0) if given is not None else remove
     w.masked_fill_(dampen(hessian), 0)

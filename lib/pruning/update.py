@@ -17,13 +17,13 @@ class Recipe:
 
     `update`: "none", as published: survivors keep their bits; "obs" (sparsegpt.py) or "lsq" (least_squares.py).
     `stages`: how many times the mask is chosen, each time from weights updated since, until all that is to go is gone.
-    `epochs` of reconstruction (reconstruction.py), at a learning rate that falls from `rate` to 0.
+    `epochs` of reconstruction (reconstruction.py), its learning rate falling from `rate` times a matrix' scale to 0.
     """
 
     update: str = "none"
     stages: int = 1
     epochs: int = 0
-    rate: float = 2e-4
+    rate: float = 0.03
 
     def __post_init__(self):
         if self.update not in UPDATES:
@@ -57,13 +57,13 @@ def solve(
 
     Args:
         weight: (out, in), any float dtype.
-        hessian: (in, in) fp32 of the inputs; without an update it is not looked at.
+        hessian: (in, in) fp32 of the inputs; None where there were none: the weight is masked alone.
         choose: (the weights as they are by then (out, in), share) -> the mask of that share of what is to go, (out, in).
 
     Returns:
         The new weight, (out, in), in the dtype of `weight`; infinite where it leaves that dtype's range.
     """
-    if recipe.update == "none":
+    if recipe.update == "none" or hessian is None:
         return weight.masked_fill(choose(weight, 1), 0)
     if recipe.update == "obs":
         current = weight.float()

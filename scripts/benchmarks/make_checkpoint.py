@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="decoder blocks (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=32, help="attention heads (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=32000, help="tokens (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="draws the random numbers; a GPU is faster (default: %(default)s)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
 
@@ -47,14 +48,15 @@ def main() -> None:
     for name in shapes:
         block = name.split(".")[2] if ".layers." in name else "rest"
         shards.setdefault(f"model-{block}.safetensors", []).append(name)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
     for shard, names in tqdm(shards.items(), unit="shard", disable=None):
         tensors = {}
         for name in names:
             if len(shapes[name]) == 1:
                 tensors[name] = torch.ones(shapes[name], dtype=torch.bfloat16)
             else:
-                tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+                empty = torch.empty(shapes[name], dtype=torch.bfloat16, device=args.device)
+                tensors[name] = empty.normal_(std=0.02, generator=generator).cpu()
         save_file(tensors, args.folder / shard, metadata={"format": "pt"})
     weight_map = {name: shard for shard, names in shards.items() for name in names}
     index = {"metadata": {"total_size": 2 * sum(shape.numel() for shape in shapes.values())}, "weight_map": weight_map}

@@ -45,18 +45,24 @@ def naive_solve(w: torch.Tensor, x: torch.Tensor, sparsity: Sparsity, columns: i
     return w
 
 
-@pytest.mark.parametrize(
-    "pattern, ratio, width", [("unstructured", 0.5, 24), ("2:4", None, 24), ("1:3", None, 150), ("unstructured", 0.3, 150)]
-)
+CASES = [("unstructured", 0.5, 24), ("2:4", None, 24), ("1:3", None, 150), ("unstructured", 0.3, 150)]
+
+
+@pytest.mark.parametrize("pattern, ratio, width", CASES)
 def test_solver_is_optimal_brain_surgery(pattern, ratio, width):
+    """Equal in float64; in fp32, where rounding decides between nearly equal scores, with an error as small."""
     x = inputs(width)
     w = torch.randn(16, width, generator=torch.Generator().manual_seed(9))
     sparsity = Sparsity.parse(pattern, ratio)
-    ours = solve(w, hessian_of(x), sparsity)
     naive = naive_solve(w, x, sparsity, columns=128)
-    assert ((ours == 0) == (naive == 0)).float().mean() > 0.999  # fp32 against float64: near ties may fall the other way
-    agree = ((ours == 0) == (naive == 0)).all(dim=1)
-    assert torch.allclose(ours[agree].double(), naive[agree], atol=2e-3, rtol=2e-3)
+    h = 2 / len(x) * sum(s.double().T @ s.double() for s in x)
+    exact = solve(w.double(), h.clone(), sparsity)
+    assert torch.equal(exact == 0, naive == 0)
+    assert torch.allclose(exact, naive, rtol=1e-9, atol=1e-9)
+
+    pruned = solve(w, hessian_of(x), sparsity)
+    errors = [(((solved.double() - w) @ h) * (solved.double() - w)).sum().item() for solved in (pruned, naive)]
+    assert errors[0] == pytest.approx(errors[1], rel=(width / 0.01 + 1) * 2.0**-24)  # the damped Hessian's condition number
 
 
 def test_hessian_is_two_over_n_sequences():
@@ -86,6 +92,8 @@ def test_ratio_zero_changes_nothing():
     assert torch.equal(solve(w, hessian_of(inputs(8)), Sparsity(0.0)), w)
 
 
-def test_non_finite_inputs_are_an_error():
-    with pytest.raises(ValueError, match="positive definite"):
-        solve(torch.randn(4, 8), torch.full((8, 8), torch.nan), Sparsity.parse("2:4"))
+def test_non_finite_inputs_leave_nothing_that_could_be_taken_for_a_weight():
+    assert solve(torch.randn(4, 8), torch.full((8, 8), torch.nan), Sparsity.parse("2:4")).isnan().all()
+    indefinite = torch.eye(8)
+    indefinite[2, 2] = -1
+    assert solve(torch.randn(4, 8), indefinite, Sparsity.parse("2:4")).isnan().all()
