@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, PAPER_ALPHA, Zeros, needs_windows, prune, share_of_zeros
+from lib.pruning.prune import METHODS, PAPER_ALPHA, Errors, Zeros, needs_windows, prune, share_of_zeros
 from lib.pruning.update import RECIPES, UPDATES, Recipe
 
 logger = logging.getLogger("main")
@@ -100,29 +100,30 @@ def declare(groups: cli.Groups) -> None:
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
-    groups.update.add_argument(
+    add(
         "--recipe",
         choices=RECIPES,
-        help="the best of this project's measurements within 5 (best) or 20 (max) times Wanda's time; sets the flags below, of which any may be given as well",
+        help="the best model this project has measured within 5 (best) or 20 (max) times Wanda's time; sets the flags below, "
+        "each of which may be given as well",
     )
-    groups.update.add_argument(
+    add(
         "--update",
         choices=UPDATES,
         help="of the weights that stay: none, as published; obs, SparseGPT's; lsq, least squares (default: none)",
     )
-    groups.update.add_argument(
+    add(
         "--stages",
         type=cli.positive,
         metavar="K",
         help="choose the mask in so many stages, with an update after each (default: 1)",
     )
-    groups.update.add_argument(
+    add(
         "--reconstruct",
         type=cli.natural,
         metavar="EPOCHS",
         help="train what stays of each block towards the dense block's output (default: 0)",
     )
-    groups.update.add_argument(
+    add(
         "--reconstruct_lr",
         type=cli.positive_float,
         metavar="RATE",
@@ -175,15 +176,15 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in the flags that --recipe sets and that are not given, or their defaults; `steps`, a Recipe, joins the result."""
     names = {"update": "update", "stages": "stages", "reconstruct": "epochs", "reconstruct_lr": "rate"}
-    given = {field: getattr(args, flag) for flag, field in names.items() if getattr(args, flag) is not None}
+    given = {name: getattr(args, flag) for flag, name in names.items() if getattr(args, flag) is not None}
     try:
         args.steps = replace(RECIPES[args.recipe] if args.recipe else Recipe(), **given)
     except ValueError as error:
         parser.error(str(error))
     if args.reconstruct_lr is not None and not args.steps.epochs:
         parser.error("--reconstruct_lr is the learning rate of --reconstruct EPOCHS: add it")
-    for flag, field in names.items():
-        setattr(args, flag, getattr(args.steps, field))
+    for flag, name in names.items():
+        setattr(args, flag, getattr(args.steps, name))
 
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -213,6 +214,7 @@ class Run:
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
     evaluation: torch.Tensor  # (m, T)
     phases: report.Phases
+    errors: dict[int, Errors] = field(default_factory=dict)  # of the blocks whose surviving weights change
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
 
     @property
@@ -328,6 +330,7 @@ def prune_model(run: Run) -> Zeros:
                 recipe=args.steps,
                 hidden_states=run.plan.hidden_states,
                 finished=finished,
+                measured=run.errors.__setitem__,
             )
         if isinstance(written, store.Store):
             written.finish()
@@ -358,9 +361,10 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None) -> 
             "sparsity": sparsity,
             "sparsity_asked": run.asked,
             "sparsity_by_block": report.by_linear(zeros),
+            "errors_by_block": report.errors_by_linear(run.errors),
             "phases": run.phases.record,
         }
-        report.write(args.save, results, zeros)
+        report.write(args.save, results, zeros, run.errors)
     if pruned is None:
         return
     print(f"sparsity {sparsity:.4f}")

@@ -30,7 +30,6 @@ class Groups(NamedTuple):
     model: argparse._ArgumentGroup
     data: argparse._ArgumentGroup
     method: argparse._ArgumentGroup
-    update: argparse._ArgumentGroup
     memory: argparse._ArgumentGroup
     output: argparse._ArgumentGroup
 

@@ -33,6 +33,15 @@ def test_a_checkpoint_holds_the_updated_weights(command, method, flags, memory, 
     )  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
     assert f"pruned perplexity {results['perplexity']['pruned']:.4f}" in printed and results["sparsity"] == 0.5
+    errors = results["errors_by_block"]
+    assert list(errors) == ["0", "1", "2"]
+    for found in errors.values():
+        assert len(found["linears"]) == (0 if flags == "--reconstruct 1" else 7)
+        for error in found["linears"].values():
+            assert 0 < error["updated"] < 1 and (error["updated"] <= error["masked"] or "lsq" not in flags)
+        assert (found["output"] is not None) == ("reconstruct" in flags)
+        if found["output"]:
+            assert 0 < found["output"]["after"] <= found["output"]["before"]
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (saved_model, tmp_path / "model"))
     for name, weight in after.state_dict().items():
         original = before.state_dict()[name]
@@ -41,6 +50,11 @@ def test_a_checkpoint_holds_the_updated_weights(command, method, flags, memory, 
             assert not torch.equal(weight, original.masked_fill(weight == 0, 0)) or flags == "--reconstruct 1"
         else:
             assert torch.equal(weight, original)
+
+
+def test_published_methods_have_no_errors_to_tell(command, tmp_path):
+    run("main.py", *command, "--prune_method", "sparsegpt", "--save", tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["errors_by_block"] == {}
 
 
 def test_results_say_what_a_recipe_set(command, tmp_path):

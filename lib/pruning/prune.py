@@ -92,6 +92,8 @@ class Choice:
         return mask if share == 1 else lowest_of(mask, score, share)
 
 
+# linear -> relative error of its outputs (masked alone, updated); "" -> the block's own (before reconstruction, after)
+Errors = dict[str, tuple[float, float]]
 Zeros = dict[int, dict[str, tuple[int, int]]]  # block -> linear -> (weights that are zero, all weights)
 
 
@@ -109,6 +111,7 @@ def prune(
     recipe: Recipe = PUBLISHED,
     hidden_states: int | None = None,
     finished: Callable[[int, nn.Module], None] = lambda i, block: None,
+    measured: Callable[[int, Errors], None] = lambda i, errors: None,
 ) -> Zeros:
     """Prune a model block by block, first to last: observe -> score -> mask -> (update) -> (reconstruct) -> advance.
 
@@ -124,6 +127,7 @@ def prune(
         recipe: what becomes of the weights that stay.
         hidden_states: keep more than so many samples' hidden states in a file, not in memory.
         finished: called with every block, while it is resident, when its weights are final.
+        measured: called with the errors of every block whose surviving weights change.
 
     Raises:
         ValueError: an N:M pattern that does not divide a linear, or one whose scores, or updated weights, are not finite.
@@ -145,6 +149,7 @@ def prune(
             statistics = _observe(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
+            errors: dict[str, torch.Tensor] = {}
             unknown = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             for name, linear in chosen.items():
                 if name in unknown:
@@ -156,12 +161,18 @@ def prune(
                 else:
                     weight = sparsegpt.solve(linear.weight, statistics[name], targets[i][name])
                 sound[name] = choice.sound & weight.isfinite().all()
+                if recipe.update != "none" and statistics[name] is not None:
+                    errors[name] = update.relative_errors(linear.weight, weight, statistics[name])
                 linear.weight.copy_(weight)
             if recipe.epochs and chosen:
-                reconstruct(decoder, i, chosen, states, dense, count=len(windows), epochs=recipe.epochs, rate=recipe.rate)
+                errors[""] = reconstruct(
+                    decoder, i, chosen, states, dense, count=len(windows), epochs=recipe.epochs, rate=recipe.rate
+                )
             zeros[i], broken = _look(linears, sound)
             if broken:
                 raise ValueError(f"{decoder.prefixes[i]}{broken[0]}: {_remedy(rule, recipe)}")
+            if errors:
+                measured(i, _tell(i, errors))
             finished(i, block)
             if i + 1 < len(decoder):
                 decoder.advance(i, states)
@@ -236,6 +247,20 @@ def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[d
         for (name, linear), count in zip(linears.items(), numbers, strict=False)
     }
     return zeros, [name for name, flag in zip(sound, numbers[len(linears) :], strict=True) if not flag]
+
+
+def _tell(i: int, errors: dict[str, torch.Tensor]) -> Errors:
+    """The errors as numbers, with a line about them in the log."""
+    numbers = dict(zip(errors, torch.stack(list(errors.values())).tolist(), strict=True))
+    linears = [pair for name, pair in numbers.items() if name]
+    said = [f"block {i}: relative error"]
+    if linears:
+        before, after = (sum(values) / len(linears) for values in zip(*linears, strict=True))
+        said.append(f"of its linears {before:.4f} masked, {after:.4f} updated (mean)")
+    if "" in numbers:
+        said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
+    logger.info("%s %s", said[0], ", ".join(said[1:]))
+    return {name: tuple(pair) for name, pair in numbers.items()}
 
 
 def _remedy(rule: Method, recipe: Recipe) -> str:

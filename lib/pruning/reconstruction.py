@@ -22,7 +22,7 @@ def reconstruct(
     count: int,
     epochs: int,
     rate: float,
-) -> tuple[float, float]:
+) -> torch.Tensor:
     """Minimise `mean((f(x) - y)^2)` over the nonzero weights of `linears`; f is block `i`, which must be resident.
 
     x is what enters the block in the pruned model, y what leaves it in the dense one, so that a block also makes up for
@@ -34,7 +34,7 @@ def reconstruct(
         states, targets: x and y of this process' share of the `count` windows.
 
     Returns:
-        `sum((f(x) - y)^2) / sum(y^2)` on the windows held out (all of too few to hold any out), before and after.
+        `sum((f(x) - y)^2) / sum(y^2)` on the windows held out (all of too few to hold any out), before and after: (2,).
     """
     own = {sample: k for k, sample in enumerate(parallel.share(torch.arange(count)).tolist())}
     training, held = torch.arange(count).split([count - count // HELD_OUT, count // HELD_OUT])
@@ -78,7 +78,7 @@ def reconstruct(
             best = now
             for name, tensor in stored.items():
                 tensor.copy_(weights[name])
-    return before, best
+    return torch.tensor([before, best], device=device)
 
 
 def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -75,3 +75,14 @@ def solve(
         mask, start = admm.solve(weight, hessian.clone(), choose, shares(recipe.stages))
         current = least_squares.solve(weight, mask, hessian.clone(), start=start, steps=POLISH_STEPS)
     return current.to(weight.dtype)
+
+
+def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Of a linear's outputs on the calibration samples, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), for V masked alone and as it is.
+
+    `dense` is W and `pruned` V, (out, in); the mask is where V is zero.
+    """
+    w, v = dense.to(hessian.dtype), pruned.to(hessian.dtype)
+    masked = w.masked_fill(v == 0, 0)
+    power, before, after = (((d @ hessian) * d).sum() for d in (w, w - masked, w - v))
+    return torch.stack([before, after]) / power
