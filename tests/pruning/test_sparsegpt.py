@@ -25,7 +25,7 @@ def naive_solve(w: torch.Tensor, x: torch.Tensor, sparsity: Sparsity, columns: i
     dead = h.diagonal() == 0
     h[dead, dead] = 1
     w[:, dead] = 0
-    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
     width = w.shape[1]
     d = torch.stack([torch.linalg.inv(h[j:, j:])[0, 0] for j in range(width)])  # = diag(upper Cholesky of H^-1)^2
     mask = torch.zeros_like(w, dtype=torch.bool)
