@@ -8,7 +8,7 @@ import torch
 from lib.pruning import admm, least_squares, sparsegpt
 
 UPDATES = ("none", "obs", "lsq")
-POLISH_STEPS = 10  # of conjugate gradients behind the stages, whose weights are near the solution already
+POLISH_STEPS = 5  # of conjugate gradients behind the stages, whose weights are near the solution already
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Recipe:
 PUBLISHED = Recipe()  # survivors keep their bits, but for SparseGPT's
 
 
-RECIPES = {"best": Recipe("lsq", stages=8), "max": Recipe("lsq", stages=8, epochs=4)}
+RECIPES = {"best": Recipe("lsq", stages=8, epochs=1), "max": Recipe("lsq", stages=16, epochs=7, rate=0.02)}
 
 
 def shares(stages: int) -> list[float]:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, random_windows, tiny_decoder, tiny_model
 from test_prune import gradient_of
 
 from lib import parallel
@@ -36,7 +36,7 @@ def pruned(recipe: Recipe, method="wanda", pattern="2:4", decoder=None, windows=
 
 
 def output_error(decoder, windows=None) -> float:
-    windows = random_windows(16) if windows is None else windows
+    windows = (random_windows(16) if windows is None else windows).to(DEVICE)
     return (decoder.model(windows).logits - tiny_model()(windows).logits).square().mean().item()
 
 
@@ -70,7 +70,7 @@ def test_each_step_brings_the_first_block_closer_to_the_dense_one(pattern):
             linear.module.register_forward_pre_hook(lambda module, args, name=name: inputs.setdefault(name, []).append(args[0]))
         with torch.no_grad():
             for window in windows:
-                dense.model(input_ids=window[None], use_cache=False)
+                dense.model(input_ids=window[None].to(DEVICE), use_cache=False)
         for name, linear in dense.linears(0).items():
             x = torch.cat(inputs[name], 1).flatten(0, 1)
             total += ((x @ (decoder.linears(0)[name].weight - linear.weight).T) ** 2).sum() / ((x @ linear.weight.T) ** 2).sum()
@@ -122,7 +122,7 @@ def test_streamed_is_resident(recipe, tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     weights = []
     for streamed in (False, True):
-        decoder, found = loading.load(str(tmp_path), dtype="float32", device="cpu", streamed=streamed), {}
+        decoder, found = loading.load(str(tmp_path), dtype="float32", device=DEVICE, streamed=streamed), {}
 
         def finished(i, block, found=found):
             found |= {(i, name): value.clone() for name, value in block.state_dict().items()}
@@ -140,7 +140,7 @@ def test_errors_are_those_of_the_outputs(caplog):
     dense.linears(0)["self_attn.o_proj"].module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
         for window in windows:
-            dense.model(input_ids=window[None], use_cache=False)
+            dense.model(input_ids=window[None].to(DEVICE), use_cache=False)
     x, w = torch.cat(inputs).flatten(0, 1), dense.linears(0)["self_attn.o_proj"].weight
     kept = decoder.linears(0)["self_attn.o_proj"].weight != 0
     expected = ((x @ (w * ~kept).T) ** 2).sum() / ((x @ w.T) ** 2).sum()
@@ -197,7 +197,7 @@ def of_one_rank(rank, world, port, folder):
     """What each of `world` processes does with its share of 17 windows."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    parallel.start(torch.device("cpu"))
+    parallel.start(DEVICE)
     found = {}
     for recipe in SHARED_RECIPES:
         found[recipe] = pruned(recipe, windows=random_windows(17))[0].model.state_dict()
