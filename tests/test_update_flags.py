@@ -71,7 +71,7 @@ def test_results_say_what_a_recipe_set(command, tmp_path):
         ("--stages 4", "add --update lsq"),
         ("--update none --stages 4", "add --update lsq"),
         ("--update lsq --stages 0", "not above 0"),
-        ("--reconstruct -1", "below 0"),
+        ("--reconstruct -1", "at least 0"),
         ("--reconstruct_lr 1e-4", "--reconstruct EPOCHS: add it"),
         ("--reconstruct 2 --reconstruct_lr 0", "not above 0"),
         ("--recipe fastest", "invalid choice"),
