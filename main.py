@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
+from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, Errors, Zeros, needs_windows, prune, share_of_zeros
+from lib.pruning.update import RECIPES, UPDATES, Recipe
 
 logger = logging.getLogger("main")
 
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Declare and check the flags; nothing is loaded. `sparsity` and `ratios` join the result, parsed."""
+    """Declare and check the flags; nothing is loaded. `sparsity`, `ratios` and `steps` join the result, parsed."""
     parser, groups = cli.parser_of(__doc__, "--model MODEL --prune_method METHOD")
     declare(groups)
     args = parser.parse_args(argv)
@@ -117,6 +118,36 @@ def declare(groups: cli.Groups) -> None:
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="the best model this project has measured within 5 (best) or 20 (max) times Wanda's time; sets the flags below, "
+        "each of which may be given as well",
+    )
+    add(
+        "--update",
+        choices=UPDATES,
+        help="of the weights that stay: none, as published; obs, SparseGPT's; lsq, least squares (default: none)",
+    )
+    add(
+        "--stages",
+        type=cli.at_least(1),
+        metavar="K",
+        help="choose the mask in so many stages, with an update after each (default: 1)",
+    )
+    add(
+        "--reconstruct",
+        type=cli.at_least(0),
+        metavar="EPOCHS",
+        help="train what stays of each block towards the dense block's output (default: 0)",
+    )
+    add(
+        "--reconstruct_lr",
+        type=cli.number_above(0),
+        metavar="RATE",
+        help=f"its learning rate at the start, in units of a matrix' root mean square (default: {Recipe.rate:g})",
+    )
+
     groups.memory.add_argument(
         "--batch_size",
         type=cli.at_least(1),
@@ -155,10 +186,25 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 )
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    check_recipe(parser, args)
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":
         parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
+
+
+def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the flags that --recipe sets and that are not given, or their defaults; `steps`, a Recipe, joins the result."""
+    names = {"update": "update", "stages": "stages", "reconstruct": "epochs", "reconstruct_lr": "rate"}
+    given = {name: getattr(args, flag) for flag, name in names.items() if getattr(args, flag) is not None}
+    try:
+        args.steps = replace(RECIPES[args.recipe] if args.recipe else Recipe(), **given)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.reconstruct_lr is not None and not args.steps.epochs:
+        parser.error("--reconstruct_lr is the learning rate of --reconstruct EPOCHS: add it")
+    for flag, name in names.items():
+        setattr(args, flag, getattr(args.steps, name))
 
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -186,16 +232,19 @@ class Run:
     targets: selection.Targets
     asked: float  # the share of zeros that the targets ask for
     gradients: GradientNorms | None
-    calibration: torch.Tensor | None  # (n, T); None for a method that does not look at activations
+    calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
     evaluation: torch.Tensor  # (m, T)
     phases: report.Phases
     weights: str  # which the dense model's are, a checksum
+    errors: dict[int, Errors] = field(default_factory=dict)  # of the blocks whose surviving weights change
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
 
     @property
     def settings(self) -> dict:
         """What the results depend on, as results.json has it: flags, the weights, versions."""
-        flags = {name: value for name, value in vars(self.args).items() if name not in ("sparsity", "ratios", "folder")}
+        flags = {
+            name: value for name, value in vars(self.args).items() if name not in ("sparsity", "ratios", "folder", "steps")
+        }
         return {"flags": flags, "layer_ratios": self.args.ratios, "weights": self.weights, "versions": report.versions()}
 
     @property
@@ -223,9 +272,10 @@ def prepare(args: argparse.Namespace) -> Run:
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
     evaluation = cli.read_evaluation(args, tokenizer)
-    calibration = cli.read_calibration(args, tokenizer) if method.statistic else None
+    calibration = cli.read_calibration(args, tokenizer) if needs_windows(args.prune_method, args.steps) else None
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
-    decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
+    streams = (calibration is not None) + (args.reconstruct > 0)
+    decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples * streams)
     asked = selection.total_ratio(outline, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
@@ -235,7 +285,7 @@ def prepare(args: argparse.Namespace) -> Run:
     if gradients:
         with phases("check gradients"):
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
-        if method.statistic:
+        if calibration is not None:
             cli.compare_samples(args, gradients)
     run = Run(
         args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, phases, decoder.checksum()[:16]
@@ -302,8 +352,9 @@ def prune_model(run: Run) -> Zeros:
     written: store.Store | store.Scratch | None = None
     with contextlib.ExitStack() as unfinished:
         if args.save_model and parallel.rank() == 0:
+            updated = method.score is None or args.steps.changes_survivors
             dense = loading.dense_tensors(args.folder, decoder)
-            written = store.Store(args.save_model, dense, updated=method.score is None)
+            written = store.Store(args.save_model, dense, updated=updated)
             unfinished.callback(written.discard)
         elif run.plan.streamed:  # pruned blocks have to go somewhere
             run.scratch = tempfile.TemporaryDirectory()
@@ -324,8 +375,10 @@ def prune_model(run: Run) -> Zeros:
                 alpha=args.alpha / run.gradients.scale if run.gradients else 1.0,  # stored norms have their scale baked in
                 use_variant=args.use_variant,
                 gradient_inv=args.gradient_inv,
+                recipe=args.steps,
                 hidden_states=run.plan.hidden_states,
                 finished=finished,
+                measured=run.errors.__setitem__,
             )
         if isinstance(written, store.Store):
             written.finish()
@@ -355,9 +408,10 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None, sta
             "sparsity": sparsity,
             "sparsity_asked": run.asked,
             "sparsity_by_block": report.by_linear(zeros),
+            "errors_by_block": report.errors_by_linear(run.errors),
             "phases": run.phases.record,
         }
-        report.write(args.save, results, zeros)
+        report.write(args.save, results, zeros, run.errors)
     if pruned is None:
         return
     print(f"sparsity {sparsity:.4f}")

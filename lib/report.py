@@ -94,11 +94,11 @@ def _peak_host() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write(folder: str, results: dict, zeros: dict) -> None:
+def write(folder: str, results: dict, zeros: dict, errors: dict) -> None:
     """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt into `folder`.
 
     Each has its name only when it is whole. An earlier run's log.txt goes with that run's results.json. `zeros` is what
-    `prune.prune` returned.
+    `prune.prune` returned, `errors` {block: what it measured there}.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write(folder: str, results: dict, zeros: dict) -> None:
         measured.unlink(missing_ok=True)
     else:
         replace_file(measured, lambda file: file.write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n"))
-    replace_file(path / "sparsity.png", lambda file: _plot(file, zeros))
+    replace_file(path / "sparsity.png", lambda file: _plot(file, zeros, errors))
 
 
 def _finite(value):
@@ -125,14 +125,35 @@ def by_linear(zeros: dict) -> dict[str, dict[str, float]]:
     return {str(i): {name: zero / total for name, (zero, total) in linears.items()} for i, linears in zeros.items()}
 
 
-def _plot(path: Path, zeros: dict) -> None:
+def errors_by_linear(errors: dict) -> dict[str, dict]:
+    """{block: {"linears": {linear: {"masked", "updated"}}, "output": {"before", "after"}}}, for JSON."""
+    return {
+        str(i): {
+            "linears": {name: dict(zip(("masked", "updated"), pair, strict=True)) for name, pair in found.items() if name},
+            "output": dict(zip(("before", "after"), found[""], strict=True)) if "" in found else None,
+        }
+        for i, found in errors.items()
+    }
+
+
+def _plot(path: Path, zeros: dict, errors: dict) -> None:
     from matplotlib.figure import Figure  # not pyplot: it keeps every figure of the process alive
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(name for linears in zeros.values() for name in linears):  # blocks may differ in their linears
-        points = {i: 100 * zero / total for i, linears in zeros.items() if name in linears for zero, total in [linears[name]]}
-        axes.plot(list(points), list(points.values()), label=name)
-    axes.set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
-    axes.legend(fontsize="small", ncols=2)
+    shares = {i: {name: 100 * zero / total for name, (zero, total) in linears.items()} for i, linears in zeros.items()}
+    left = {i: {name or "output": 100 * after for name, (_, after) in found.items()} for i, found in errors.items()}
+    figure = Figure(figsize=(8, 8 if left else 4), layout="constrained")
+    axes = figure.subplots(2 if left else 1, squeeze=False)[:, 0]
+    _lines(axes[0], shares)
+    axes[0].set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
+    if left:
+        _lines(axes[1], left)
+        axes[1].set(xlabel="block", ylabel="squared error of outputs (%)", title="What is left of the error", ylim=(0, None))
     figure.savefig(path, dpi=120, format="png")
+
+
+def _lines(axes, values: dict[int, dict[str, float]]) -> None:
+    """A line for every name in {block: {name: value}}; blocks may differ in their names."""
+    for name in dict.fromkeys(name for found in values.values() for name in found):
+        points = {i: found[name] for i, found in values.items() if name in found}
+        axes.plot(list(points), list(points.values()), label=name)
+    axes.legend(fontsize="small", ncols=2)

@@ -15,6 +15,7 @@ from inspect import signature
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
+from torch.func import functional_call
 from transformers.cache_utils import Cache
 
 from lib.models.carried import Carried, split
@@ -175,9 +176,12 @@ class Decoder:
             states.append(state)
         return states
 
-    def run(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
-        """Block `i`, which must be resident: (B, T, H) to (B, T, H)."""
-        output = self.blocks[i](hidden, **kwargs)
+    def run(
+        self, i: int, hidden: torch.Tensor, kwargs: dict, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Block `i`, which must be resident: (B, T, H) to (B, T, H); `weights`, by their names inside it, instead of its own."""
+        block = self.blocks[i]
+        output = functional_call(block, weights, (hidden,), kwargs) if weights else block(hidden, **kwargs)
         self._returns_tuple = isinstance(output, tuple)
         return output[0] if self._returns_tuple else output
 

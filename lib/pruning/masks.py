@@ -100,6 +100,17 @@ def variant(score: torch.Tensor, ratio: float) -> torch.Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order.indices, columns < removed)
 
 
+def lowest_of(mask: torch.Tensor, score: torch.Tensor, share: float) -> torch.Tensor:
+    """Of the weights that `mask` removes, the `share` of lowest score over the whole matrix: a stage on the way to the mask.
+
+    Rows, and groups of N:M, get there at different times (arXiv 2401.02938 does so at 2:4). Equal scores go together.
+    """
+    count = int(mask.sum() * share)
+    if count == 0:
+        return torch.zeros_like(mask)
+    return mask & (score <= value_at(torch.where(mask, score, torch.inf), count - 1))
+
+
 def value_at(values: torch.Tensor, position: int) -> torch.Tensor:
     """The value at `position` (from 0) of the ascending order of all `values`, without sorting them."""
     return values.flatten().kthvalue(position + 1).values

@@ -11,10 +11,12 @@ from tqdm import tqdm
 from lib import parallel
 from lib.models.decoder import Decoder, State
 from lib.models.weights import Matrix
-from lib.pruning import scores, sparsegpt
+from lib.pruning import scores, sparsegpt, update
 from lib.pruning.activations import ActivationNorm, observe
-from lib.pruning.masks import Sparsity, n_of_m, per_row, variant, whole_matrix
+from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
+from lib.pruning.reconstruction import reconstruct
 from lib.pruning.selection import Targets, select
+from lib.pruning.update import PUBLISHED, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ class Method:
     group: str = "row"  # what weights compete in when unstructured: "row" or "matrix"
     variant: bool = False  # accepts --use_variant
 
+    def observes(self, recipe: Recipe = PUBLISHED) -> type | None:
+        """The statistic that method and recipe need: a Hessian's diagonal holds the activation norm as well."""
+        return self.statistic if recipe.update == "none" else sparsegpt.Hessian
+
 
 METHODS = {
     "magnitude": Method(scores.magnitude, group="matrix"),
@@ -42,6 +48,53 @@ METHODS = {
     "sparsegpt": Method(statistic=sparsegpt.Hessian),
 }
 
+
+class Choice:
+    """What decides over the weights of one linear: (its weights as they are now, a share) -> mask, True = remove.
+
+    Args:
+        statistic: activation norm (in,) or Hessian (in, in), as `rule.observes` says.
+        grad_norm: (out, in), where the rule uses gradients.
+    """
+
+    def __init__(
+        self,
+        rule: Method,
+        target: Sparsity,
+        statistic: torch.Tensor | None,
+        grad_norm: torch.Tensor | None,
+        *,
+        alpha: float = 1.0,
+        inverse: bool = False,
+        use_variant: bool = False,
+    ):
+        self.rule, self.target, self.use_variant = rule, target, use_variant
+        self.hessian = statistic if statistic is not None and statistic.ndim == 2 else None
+        self.measure = (rule.inverse if inverse else rule.score) or scores.wanda
+        self.alpha = {"alpha": alpha} if self.measure is scores.gblm else {}
+        self.factors: dict[str, torch.Tensor] = {}
+        if rule.statistic and statistic is None:  # an expert that no token reached
+            self.factors["x_norm"] = torch.zeros(())
+        elif rule.statistic:
+            self.factors["x_norm"] = statistic if self.hessian is None else (statistic.diagonal() / 2).sqrt()
+        if rule.gradients:
+            self.factors["grad_norm"] = grad_norm
+        self.sound = True  # whether all scores so far were finite; a tensor, that nobody need wait for
+
+    def __call__(self, weight: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """The mask that method and target ask for, or of what it removes the `share` of lowest score."""
+        factors = {name: value.to(weight.device, non_blocking=True) for name, value in self.factors.items()}
+        score = self.measure(weight, **factors, **self.alpha)
+        self.sound = score.amax().isfinite() & self.sound  # scores are not negative, and NaN is larger than all
+        if self.rule.score:
+            mask = mask_of(score, self.target, self.rule.group, self.use_variant)
+        else:
+            mask = sparsegpt.solve(weight, self.hessian.clone(), self.target) == 0
+        return mask if share == 1 else lowest_of(mask, score, share)
+
+
+# linear -> relative error of its outputs (masked alone, updated); "" -> the block's own (before reconstruction, after)
+Errors = dict[str, tuple[float, float]]
 Zeros = dict[int, dict[str, tuple[int, int]]]  # block -> linear -> (weights that are zero, all weights)
 
 
@@ -56,66 +109,80 @@ def prune(
     alpha: float = 1.0,
     use_variant: bool = False,
     gradient_inv: bool = False,
+    recipe: Recipe = PUBLISHED,
     hidden_states: int | None = None,
     finished: Callable[[int, nn.Module], None] = lambda i, block: None,
+    measured: Callable[[int, Errors], None] = lambda i, errors: None,
 ) -> Zeros:
-    """Prune a model block by block, first to last.
+    """Prune a model block by block, first to last: observe -> score -> mask -> (update) -> (reconstruct) -> advance.
 
     Block i sees activations that already passed through the pruned blocks 0..i-1. All its linears are scored from the
     unpruned block's activations, pruned together, and the block is run again to feed the next.
 
     Args:
-        windows: (n, T) token ids, of which several processes take a share each; None for a method that does not look at activations.
+        windows: (n, T) token ids, of which several processes take a share each; None where neither method nor recipe looks
+            at activations.
         sparsity: of every linear, or a table from `selection.select`.
         gradients: block index -> {linear: gradient norm (out, in)} of the dense model, for a method that uses them.
         alpha: weight of the gradient term of "gblm", applied to the norms as `gradients` returns them.
+        recipe: what becomes of the weights that stay.
         hidden_states: keep more than so many samples' hidden states in a file, not in memory.
         finished: called with every block, while it is resident, when its weights are final.
+        measured: called with the errors of every block whose surviving weights change.
 
     Raises:
-        ValueError: an N:M pattern that does not divide a linear, or one whose scores, or solved weights, are not finite.
+        ValueError: an N:M pattern that does not divide a linear, or one whose scores, or updated weights, are not finite.
     """
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
-    rule = METHODS[method]
-    states = decoder.enter_all(parallel.share(windows), hidden_states) if rule.statistic else []
+    rule, options = METHODS[method], {"alpha": alpha, "inverse": gradient_inv, "use_variant": use_variant}
+    statistic = rule.observes(recipe)
+    if hidden_states is not None and recipe.epochs:
+        hidden_states //= 2  # for each of two streams
+    states = decoder.enter_all(parallel.share(windows), hidden_states) if needs_windows(method, recipe) else []
+    dense = decoder.enter_all(parallel.share(windows), hidden_states) if recipe.epochs else []
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
             matrices = decoder.linears(i) | decoder.routers(i)
             chosen = {name: matrices[name] for name in targets.get(i, ())}
             linears = decoder.linears(i) | chosen
-            statistics = _observe(decoder, i, chosen, states, rule.statistic, len(windows)) if rule.statistic and chosen else {}
+            decoder.advance(i, dense)
+            statistics = _observe(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
-            sound: dict[str, torch.Tensor] = {}  # linear -> whether what its mask was decided by is finite
+            sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
+            errors: dict[str, torch.Tensor] = {}
             unknown = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             for name, linear in chosen.items():
                 if name in unknown:
                     linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), targets[i][name]), 0)
                     continue
-                if rule.score is None:
-                    linear.weight.copy_(sparsegpt.solve(linear.weight, statistics[name], targets[i][name]))
-                    sound[name] = linear.weight.isfinite().all()
-                    continue
-                factors = {}
-                if rule.statistic:
-                    unreached = torch.zeros((), device=linear.weight.device)
-                    factors["x_norm"] = unreached if statistics[name] is None else statistics[name]
-                if rule.gradients:
-                    factors["grad_norm"] = norms[name].to(linear.weight.device, non_blocking=True)
-                measure = rule.inverse if gradient_inv else rule.score
-                if measure is scores.gblm:
-                    factors["alpha"] = alpha
-                score = measure(linear.weight, **factors)
-                sound[name] = score.amax().isfinite()  # scores are not negative, and NaN is larger than all
-                linear.weight.masked_fill_(mask_of(score, targets[i][name], rule.group, use_variant), 0)
+                choice = Choice(rule, targets[i][name], statistics.get(name), norms.get(name), **options)
+                if rule.score or recipe.update != "none":
+                    weight = update.solve(linear.weight, statistics.get(name), choice, recipe)
+                else:
+                    weight = sparsegpt.solve(linear.weight, statistics[name], targets[i][name])
+                sound[name] = choice.sound & weight.isfinite().all()
+                if recipe.update != "none" and statistics[name] is not None:
+                    errors[name] = update.relative_errors(linear.weight, weight, statistics[name])
+                linear.weight.copy_(weight)
+            if recipe.epochs and chosen:
+                errors[""] = reconstruct(
+                    decoder, i, chosen, states, dense, count=len(windows), epochs=recipe.epochs, rate=recipe.rate
+                )
             zeros[i], broken = _look(linears, sound)
             if broken:
-                remedy = _SCORE_REMEDY if rule.score else _SOLVER_REMEDY
-                raise ValueError(f"{decoder.prefixes[i]}{broken[0]}: {remedy}")
+                raise ValueError(f"{decoder.prefixes[i]}{broken[0]}: {_remedy(rule, recipe)}")
+            if errors:
+                measured(i, _tell(i, errors))
             finished(i, block)
             if i + 1 < len(decoder):
                 decoder.advance(i, states)
     return zeros
+
+
+def needs_windows(method: str, recipe: Recipe = PUBLISHED) -> bool:
+    """Whether calibration windows have to run through the model."""
+    return METHODS[method].observes(recipe) is not None or recipe.epochs > 0
 
 
 def mask_of(score: torch.Tensor, sparsity: Sparsity, group: str = "row", use_variant: bool = False) -> torch.Tensor:
@@ -183,8 +250,27 @@ def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[d
     return zeros, [name for name, flag in zip(sound, numbers[len(linears) :], strict=True) if not flag]
 
 
-_SCORE_REMEDY = "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
-_SOLVER_REMEDY = (
-    "the Hessian of the inputs is not positive definite, or a weight not finite: check the weights, use more --nsamples, "
-    "or --dtype bfloat16 or float32"
-)
+def _tell(i: int, errors: dict[str, torch.Tensor]) -> Errors:
+    """The errors as numbers, with a line about them in the log."""
+    numbers = dict(zip(errors, torch.stack(list(errors.values())).tolist(), strict=True))
+    linears = [pair for name, pair in numbers.items() if name]
+    said = [f"block {i}: relative error"]
+    if linears:
+        before, after = (sum(values) / len(linears) for values in zip(*linears, strict=True))
+        said.append(f"of its linears {before:.4f} masked, {after:.4f} updated (mean)")
+    if "" in numbers:
+        said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
+    logger.info("%s %s", said[0], ", ".join(said[1:]))
+    return {name: tuple(pair) for name, pair in numbers.items()}
+
+
+def _remedy(rule: Method, recipe: Recipe) -> str:
+    """What to say of a linear that is not sound."""
+    if recipe.update != "none":
+        return "scores or updated weights are not finite: check weights and gradient norms, or use --dtype bfloat16 or float32"
+    if rule.score is None:
+        return (
+            "the Hessian of the inputs is not positive definite, or a weight not finite: check the weights, use more --nsamples, "
+            "or --dtype bfloat16 or float32"
+        )
+    return "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"

@@ -26,23 +26,34 @@ class Hessian:
         return self.total * (2 / nsamples)
 
 
-def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity) -> torch.Tensor:
+def dampen(hessian: torch.Tensor) -> torch.Tensor:
+    """Make an (in, in) Hessian positive definite, in place: 1 % of its mean diagonal is added to the diagonal.
+
+    Returns which inputs were never active, (in,): their diagonal is 1 before the damping, and their weights are to be 0.
+    """
+    dead = hessian.diagonal() == 0
+    hessian.diagonal().masked_fill_(dead, 1)
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    return dead
+
+
+def solve(weight: torch.Tensor, hessian: torch.Tensor, remove: masks.Sparsity | torch.Tensor) -> torch.Tensor:
     """Prune by optimal brain surgery: remove the weights of lowest `w^2 / diag(H^-1)^2`, update those that remain.
 
     Args:
         weight: (out, in), any float dtype; unchanged.
         hessian: (in, in), consumed. The solve runs in its dtype, fp32 as `Hessian` gives it.
-        sparsity: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights).
+        remove: unstructured (a threshold per column block over all rows) or N:M (chosen from the updated weights); or the
+            mask of another method, (out, in), for the update alone.
 
     Returns:
         The new weight, (out, in), in the dtype of `weight`; NaN throughout if the damped Hessian is not positive definite
         (non-finite activations): raising an error here would make the host wait for a GPU.
     """
     w = weight.to(hessian.dtype, copy=True)
-    dead = hessian.diagonal() == 0  # inputs that were never active
-    hessian.diagonal().masked_fill_(dead, 1)
-    w.masked_fill_(dead, 0)
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    given = remove if isinstance(remove, torch.Tensor) else None
+    sparsity = masks.Sparsity(1.0) if given is not None else remove
+    w.masked_fill_(dampen(hessian), 0)
     lower, failed = torch.linalg.cholesky_ex(hessian)
     inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # upper factor of H^-1
 
@@ -53,7 +64,9 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, sparsity: masks.Sparsity)
         w_block, inv_block = w[:, columns], inverse[columns, columns]
         scale = inv_block.diagonal().square()
         errors = torch.zeros_like(w_block)
-        if sparsity.m:
+        if given is not None:
+            mask = given[:, columns]
+        elif sparsity.m:
             mask = torch.zeros_like(w_block, dtype=torch.bool)
         elif sparsity.ratio == 0:
             break

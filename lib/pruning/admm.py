@@ -1,0 +1,44 @@
+"""Mask and weights together, by alternating directions: weights that are to go are pulled down while the others take over."""
+
+from collections.abc import Callable
+
+import torch
+
+from lib.pruning.sparsegpt import dampen
+
+PENALTY = 1.0  # rho, of leaving the mask, in units of each input's own diagonal entry of H
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    choose: Callable[[torch.Tensor, float], torch.Tensor],
+    shares: list[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a mask for `argmin_V tr((V - W) H (V - W)^T)` subject to `V[mask] = 0`, as the weights come to fit it.
+
+    The scheme of arXiv 2401.02938 (section 4.3): with D = diag(H), repeat
+
+        A = V + U;  mask = choose(A);  Z = A without the mask;  U = A - Z;  V = (W H + rho (Z - U) D) (H + rho D)^-1
+
+    V is free, Z obeys the mask, U adds up what lies between. Wanda's score of A is |A| scaled by the square root of D, the
+    measure of that paper; any other score does as well. A weight may return until the last stage.
+
+    Args:
+        weight: W, (out, in), any float dtype.
+        hessian: H, (in, in); damped here, consumed.
+        choose: (A, share) -> mask of that share of what is to go, (out, in).
+        shares: one a stage, the last 1.
+
+    Returns:
+        (mask, Z) of the last stage, both (out, in); Z is a start for least_squares.solve.
+    """
+    dense = weight.to(hessian.dtype).masked_fill(dampen(hessian), 0)
+    goal, penalty = dense @ hessian, PENALTY * hessian.diagonal()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian + penalty.diag())[0])
+    wanted = dense
+    for share in shares:
+        mask = choose(wanted, share)
+        kept, dual = wanted.masked_fill(mask, 0), wanted.masked_fill(~mask, 0)
+        wanted = dual + (goal + (kept - dual) * penalty) @ inverse
+    return mask, kept

@@ -1,0 +1,88 @@
+"""What becomes of the weights that stay: nothing, SparseGPT's update, or exact least squares, in stages; and the recipes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lib.pruning import admm, least_squares, sparsegpt
+
+UPDATES = ("none", "obs", "lsq")
+POLISH_STEPS = 5  # of conjugate gradients behind the stages, whose weights are near the solution already
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What follows the mask.
+
+    `update`: "none", as published: survivors keep their bits; "obs" (sparsegpt.py) or "lsq" (least_squares.py).
+    `stages`: how many times the mask is chosen, each time from weights updated since, until all that is to go is gone.
+    `epochs` of reconstruction (reconstruction.py), its learning rate falling from `rate` times a matrix' scale to 0.
+    """
+
+    update: str = "none"
+    stages: int = 1
+    epochs: int = 0
+    rate: float = 0.03
+
+    def __post_init__(self):
+        if self.update not in UPDATES:
+            raise ValueError(f"update {self.update!r} is none of {', '.join(UPDATES)}")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages} stages: at least one is needed")
+        if self.stages > 1 and self.update == "none":
+            raise ValueError(f"{self.stages} stages need weights that change between them: add --update lsq or obs")
+
+    @property
+    def changes_survivors(self) -> bool:
+        """Whether weights that stay are other than before."""
+        return self.update != "none" or self.epochs > 0
+
+
+PUBLISHED = Recipe()  # survivors keep their bits, but for SparseGPT's
+
+
+RECIPES = {"best": Recipe("lsq", stages=8, epochs=1), "max": Recipe("lsq", stages=16, epochs=7, rate=0.02)}
+
+
+def shares(stages: int) -> list[float]:
+    """The share of the final mask that is removed after each stage: `1 - (1 - k/K)^3` (arXiv 2401.02938)."""
+    return [1 - (1 - k / stages) ** 3 for k in range(1, stages + 1)]
+
+
+def solve(
+    weight: torch.Tensor, hessian: torch.Tensor | None, choose: Callable[[torch.Tensor, float], torch.Tensor], recipe: Recipe
+) -> torch.Tensor:
+    """Remove weights and update those that remain, stage by stage.
+
+    Args:
+        weight: (out, in), any float dtype.
+        hessian: (in, in) fp32 of the inputs; None where there were none: the weight is masked alone.
+        choose: (the weights as they are by then (out, in), share) -> the mask of that share of what is to go, (out, in).
+
+    Returns:
+        The new weight, (out, in), in the dtype of `weight`; infinite where it leaves that dtype's range.
+    """
+    if recipe.update == "none" or hessian is None:
+        return weight.masked_fill(choose(weight, 1), 0)
+    if recipe.update == "obs":
+        current = weight.float()
+        for share in shares(recipe.stages):
+            current = sparsegpt.solve(current, hessian.clone(), choose(current, share))
+    elif recipe.stages == 1:
+        current = least_squares.solve(weight, choose(weight, 1), hessian.clone())
+    else:
+        mask, start = admm.solve(weight, hessian.clone(), choose, shares(recipe.stages))
+        current = least_squares.solve(weight, mask, hessian.clone(), start=start, steps=POLISH_STEPS)
+    return current.to(weight.dtype)
+
+
+def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Of a linear's outputs on the calibration samples, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), for V masked alone and as it is.
+
+    `dense` is W and `pruned` V, (out, in); the mask is where V is zero.
+    """
+    w, v = dense.to(hessian.dtype), pruned.to(hessian.dtype)
+    masked = w.masked_fill(v == 0, 0)
+    power, before, after = (((d @ hessian) * d).sum() for d in (w, w - masked, w - v))
+    return torch.stack([before, after]) / power
