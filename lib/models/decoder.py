@@ -214,6 +214,7 @@ class Decoder:
                     prunable += parameter.numel()
                 elif parameter.numel() > largest[1].numel():
                     largest = (f"{path}.{i}.{name}", parameter)
+        self.share = prunable / total
         if prunable < MINIMUM_SHARE * total:
             raise ValueError(
                 f"only {prunable / total:.0%} of the weights in the blocks of {type(self.model).__name__} belong to matrix products "
