@@ -35,6 +35,7 @@ from lib.models import loading
 from lib.models.checkpoint import Checkpoint
 from lib.models.decoder import Decoder
 from lib.models.store import Store
+from lib.models.weights import kind_of
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import prune
 from lib.pruning.selection import select
@@ -55,13 +56,18 @@ def check(kind: str, **changes) -> str:
     Raises:
         ValueError: this project refuses it, and says why. Wrong: it should have.
     """
-    model, windows = tiny_model(kind, **changes), sample_windows()
-    cpu = torch.device("cpu")
-    decoder = Decoder(copy.deepcopy(model), cpu)
-    check_gradients(model, decoder, windows)
     with tempfile.TemporaryDirectory() as folder:
-        check_pruning(model, windows, Path(folder))
+        dense = Path(folder, "dense")
+        tiny_model(kind, **changes).save_pretrained(dense)
+        loading.outline(str(dense))
+        decoder, windows = load(dense), sample_windows()
+        check_gradients(copy.deepcopy(decoder.model), decoder, windows)
+        check_pruning(dense, windows)
     return f"{decoder.share:.1%}"
+
+
+def load(folder: Path, **options) -> Decoder:
+    return loading.load(str(folder), dtype="float32", device="cpu", **options)
 
 
 def sample_windows() -> torch.Tensor:
@@ -97,15 +103,14 @@ def check_gradients(model: nn.Module, decoder: Decoder, windows: torch.Tensor) -
                     require_equal(f"the gradient norm of {decoder.prefixes[i]}{name}", norm, expected)
 
 
-def check_pruning(model: nn.Module, windows: torch.Tensor, folder: Path) -> None:
+def check_pruning(folder: Path, windows: torch.Tensor) -> None:
     """Wanda, from the files and in memory, against a naive restatement; and the checkpoint."""
-    model.save_pretrained(folder / "dense")
-    decoder = loading.load(str(folder / "dense"), dtype="float32", device="cpu")
-    streamed = loading.load(str(folder / "dense"), dtype="float32", device="cpu", streamed=True)
+    pruned = folder.with_name("pruned")
+    decoder, streamed = load(folder), load(folder, streamed=True)
     dense = copy.deepcopy(decoder.model)
     ratio = Sparsity(0.5)
     prune(decoder, windows, method="wanda", sparsity=ratio)
-    store = Store(folder / "pruned", streamed.source)
+    store = Store(pruned, streamed.source)
     targets = select(streamed, ratio)
 
     def finished(i: int, block: nn.Module) -> None:
@@ -114,10 +119,10 @@ def check_pruning(model: nn.Module, windows: torch.Tensor, folder: Path) -> None
 
     prune(streamed, windows, method="wanda", sparsity=targets, finished=finished)
     store.finish()
-    before, after = Checkpoint(str(folder / "dense")), Checkpoint(str(folder / "pruned"))
+    before, after = Checkpoint(str(folder)), Checkpoint(str(pruned))
     if before.where != after.where:
         raise Wrong("the pruned checkpoint has other names than the dense one")
-    loaded = type(decoder.model).from_pretrained(folder / "pruned", dtype=torch.float32)
+    loaded = load(pruned).model
     state = decoder.model.state_dict()
     for name, value in loaded.state_dict().items():
         if not torch.equal(value, state[name]):
@@ -144,8 +149,10 @@ def naive_wanda(dense: nn.Module, decoder: Decoder, windows: torch.Tensor) -> No
         masks = {}
         for name, weight in weights.items():
             squares = inputs.squares.get(name, torch.zeros(weight.shape[1]))
+            if name not in inputs.squares and not any(kind_of(other) == kind_of(name) for other in inputs.squares):
+                continue  # takes no part in the forward
             norm = (squares / len(windows)).sqrt()
-            score = weight.abs() * (norm if norm.any() else 1.0)
+            score = weight.abs() * (norm if name in inputs.squares else 1.0)  # an expert without tokens: by magnitude
             order = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
             masks[name] = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
         for name, mask in masks.items():
@@ -168,13 +175,18 @@ class Inputs(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in ("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"):
-            *_, given, weight = args[: 3 if "add" in func.__name__ else 2]
-            pairs = zip(given, weight, strict=False) if weight.ndim == 3 else [(given, weight)]
-            for x, w in pairs:
-                name = self.names.get((w.data_ptr(), w.shape))
-                if name is not None:
-                    self.squares[name] = self.squares.get(name, 0) + x.reshape(-1, x.shape[-1]).square().sum(dim=0)
+            *_, a, b = [*args, *(kwargs or {}).values()][: 3 if "add" in func.__name__ else 2]
+            self.look(a, b)
+            if func.__name__ != "linear" and b.ndim > 1:
+                self.look(b.mT, a)
         return func(*args, **(kwargs or {}))
+
+    def look(self, given: torch.Tensor, weight: torch.Tensor) -> None:
+        many = weight.ndim > 2 and given.ndim > 2
+        for x, w in zip(given.expand(len(weight), *given.shape[1:]), weight, strict=True) if many else [(given, weight)]:
+            name = self.names.get((w.data_ptr(), w.squeeze().shape))
+            if name is not None:
+                self.squares[name] = self.squares.get(name, 0) + x.reshape(-1, x.shape[-1]).square().sum(dim=0)
 
 
 def require_equal(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -115,7 +116,8 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **changes) -> PreT
         ValueError: it would have more than LARGEST weights.
     """
     config = tiny_config(kind, **changes)
-    auto = AutoModelForCausalLM if kind in TYPES else AutoModelForImageTextToText
+    wrapped = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM  # as checkpoints of the hub are
     with init_empty_weights():
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > LARGEST:
@@ -128,6 +130,9 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **changes) -> PreT
                 torch.nn.init.normal_(parameter, std=0.2)
             else:
                 parameter.data += 0.1 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # which experts a token is sent to; of a new model all to the first
+                buffer.random_(BLOCKS)
     return model.eval()
 
 

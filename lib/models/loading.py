@@ -7,7 +7,16 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PretrainedConfig,
+)
 from transformers.utils import cached_file
 
 from lib.models.checkpoint import Checkpoint
@@ -17,6 +26,12 @@ from lib.models.decoder import Decoder
 logger = logging.getLogger(__name__)
 
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
+# How a checkpoint that was published in few bits is had in 16, by its quant_method.
+DENSE = {
+    "fp8": "dequantise it first (FineGrainedFP8Config(dequantize=True) of transformers, then save_pretrained)",
+    "mxfp4": "dequantise it first (Mxfp4Config(dequantize=True) of transformers, then save_pretrained)",
+}
+SAID = 200  # characters of another library's message that are passed on
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,7 +50,7 @@ def load(
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     run_dtype = resolve_dtype(dtype, config, device)
     if not streamed:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             name, dtype=run_dtype, cache_dir=cache_dir, device_map={"": device} if device.type != "cpu" else None
         )
         return Decoder(model, device)
@@ -49,6 +64,7 @@ def load(
     for key, buffer in model.named_buffers():
         if buffer.device.type != "meta":
             set_module_tensor_to_device(model, key, device, value=buffer)
+    decoder.require_runs_alone()
     return decoder
 
 
@@ -74,11 +90,33 @@ def outline(
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     except OSError as error:  # not there, not public, or no network: transformers says which
         raise OSError(f"{name} cannot be read: {error}") from error
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantisation := getattr(config, "quantization_config", None):
+        kind = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else quantisation.quant_method
+        remedy = DENSE.get(str(getattr(kind, "value", kind)), "give the model it was made from")
+        raise ValueError(f"{name} is quantised ({getattr(kind, 'value', kind)}): only dense weights can be pruned, {remedy}")
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder ({config.model_type}): this project prunes decoder-only models")
+    made = auto_class(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = made.from_config(config, dtype=dtype)
+    except Exception as error:  # each of two hundred families raises what it likes
+        said = " ".join(str(error).split())[:SAID]
+        raise ValueError(f"transformers makes no language model of the config of {name} ({config.model_type}): {said}") from error
     return Decoder(model, torch.device(device))
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What makes a model of a config: language models alone where transformers has them, else in their multimodal wrapper.
+
+    Raises:
+        ValueError: it knows neither.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ValueError(f"{config.model_type} is no causal language model, alone or with images, that transformers knows")
 
 
 def on_disk(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.models.decoder import Decoder, State
-from lib.models.weights import Matrix
+from lib.models.weights import Matrix, idle
 from lib.pruning import scores, sparsegpt
 from lib.pruning.activations import ActivationNorm, observe
 from lib.pruning.masks import Sparsity, n_of_m, per_row, variant, whole_matrix
@@ -40,6 +40,8 @@ METHODS = {
     "gblm": Method(scores.gblm, scores.gblm_inverse, statistic=ActivationNorm, gradients=True, variant=True),
     "sparsegpt": Method(statistic=sparsegpt.Hessian),
 }
+
+SHOWN = 5  # names in a log line
 
 Zeros = dict[int, dict[str, tuple[int, int]]]  # block -> linear -> (weights that are zero, all weights)
 
@@ -86,9 +88,11 @@ def prune(
             statistics = _observe(decoder, i, chosen, states, rule.statistic, len(windows)) if rule.statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
             sound: dict[str, torch.Tensor] = {}  # linear -> whether what its mask was decided by is finite
-            unknown = _unknown(decoder.prefixes[i], chosen, statistics, norms)
+            experts, dense = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             for name, linear in chosen.items():
-                if name in unknown:
+                if name in dense:
+                    continue
+                if name in experts:
                     linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), targets[i][name]), 0)
                     continue
                 if rule.score is None:
@@ -97,9 +101,7 @@ def prune(
                     continue
                 factors = {}
                 if rule.statistic:
-                    factors["x_norm"] = (
-                        statistics[name] if statistics[name] is not None else torch.zeros(()).to(linear.weight.device)
-                    )
+                    factors["x_norm"] = statistics[name]
                 if rule.gradients:
                     factors["grad_norm"] = norms[name].to(linear.weight.device, non_blocking=True)
                 measure = rule.inverse if gradient_inv else rule.score
@@ -139,15 +141,13 @@ def _observe(
     decoder: Decoder, i: int, linears: dict[str, Matrix], states: list[State], statistic: type, nsamples: int
 ) -> dict[str, torch.Tensor | None]:
     """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
-    for an expert that no token was sent to."""
+    for one without inputs."""
     with observe(linears, statistic) as observed:
         for state in states:
             decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
     for name, linear in linears.items():
         if name not in observed:
-            if linear.index is None:
-                raise ValueError(f"{decoder.prefixes[i]}{name} was never run: it does not take part in the block's forward")
-            observed[name] = statistic(linear.in_features, decoder.device)  # an expert; elsewhere it may have tokens
+            observed[name] = statistic(linear.in_features, decoder.device)  # in another process it may have inputs
     shared = {id(observed[name]): observed[name] for name in linears}.values()  # in the same order in every process
     for seen in shared:
         parallel.add_up(seen.total)
@@ -156,20 +156,24 @@ def _observe(
     return {name: observed[name].result(nsamples) if reached[id(observed[name])] else None for name in linears}
 
 
-def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> set[str]:
-    """Matrices of experts that no calibration token reached: nothing is known of them but their own weights."""
-    experts = [name for name, linear in linears.items() if linear.index is not None]
-    unknown = {
-        name
-        for name in experts
-        if (statistics or norms) and statistics.get(name) is None and (not norms or not norms[name].any())
-    }
-    if unknown:
-        logger.warning(
-            "%d of %d matrices of experts in %s had no calibration tokens, they are pruned by magnitude: %s",
-            len(unknown), len(experts), prefix.removesuffix("."), ", ".join(sorted(unknown)[:3]) + (" ..." if len(unknown) > 3 else ""),
-        )  # fmt: skip
-    return unknown
+def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> tuple[set[str], set[str]]:
+    """Of the linears of a block that the method knows too little of: experts that no calibration token reached, to be pruned
+    by magnitude like all of their kind, and those that stay dense, for they do not take part in the forward or the loss."""
+    met = {name for name in linears if statistics.get(name) is not None} if statistics else set(linears)
+    felt = {name for name in linears if _any(norms[name])} if norms else set(linears)
+    experts, dense = idle(linears, met & felt)
+    # An expert with inputs is scored by them, even if no gradient came back to it.
+    experts = {name for name in experts if not (statistics and name in met)}
+    for names, what in ((experts, "had no calibration tokens, they are pruned by magnitude"), (dense, _IDLE)):
+        if names:
+            shown = ", ".join(sorted(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+            logger.warning("%d of %d matrices in %s %s: %s", len(names), len(linears), prefix.removesuffix("."), what, shown)
+    return experts, set(dense)
+
+
+def _any(norm: torch.Tensor) -> bool:
+    """Whether something in a matrix is not zero; usually its first row tells."""
+    return bool(norm[0].any()) or bool(norm.any())
 
 
 def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -183,5 +187,6 @@ def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[d
     return zeros, [name for name, flag in zip(sound, numbers[len(linears) :], strict=True) if not flag]
 
 
+_IDLE = "do not take part in the forward pass or in the loss, they stay dense"
 _SCORE_REMEDY = "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
 _SOLVER_REMEDY = "the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples"
