@@ -24,7 +24,7 @@ from lib.models.weights import Matrix, kind_of, matrices_of
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
 TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
 MOST_RETURNED = 4  # of the values that a block returns
-PROBE_TOKENS = 8  # of the text that a model has to run alike as a whole and block by block
+PROBE_TOKENS = 11  # of the text that a model has to run alike as a whole and block by block
 PROBE_TOLERANCE = {torch.float32: 1e-3}  # of its loss, relative; in 16 bits:
 PROBE_TOLERANCE_16 = 0.03
 FINGERPRINT_VALUES = 16  # weights of each matrix that identify it
@@ -65,6 +65,7 @@ class Decoder:
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict | None] = []  # of the sample before, shared by samples that have equal ones
         self._returned: int | None = None  # values that the model takes from a block: 0 is a tensor alone, None not known yet
+        self._time = 1  # the dimension of hidden states that is T
         self._handed: dict[int, set[int]] = {}  # block -> which of them, besides the first, later blocks are given
         self._several = self._used_several_times()
         if hasattr(model, "set_experts_implementation"):
@@ -168,6 +169,8 @@ class Decoder:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
             except _Recorded:
                 pass
+        if not calls:
+            raise ValueError("the forward runs none of them")
         return calls
 
     @torch.no_grad()
@@ -242,7 +245,7 @@ class Decoder:
         for start in range(0, targets, positions):
             stop = min(start + positions, targets)
             span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
-            part = hidden[:, span].detach()
+            part = hidden.narrow(self._time, start, stop + 1 - start).detach()
             output = (part, *[None] * (self._returned - 1)) if self._returned else part
             with (
                 torch.set_grad_enabled(gradient is not None),
@@ -252,7 +255,7 @@ class Decoder:
                 loss = self.model(input_ids=tokens[:, span], labels=tokens[:, span], use_cache=False).loss
                 loss = loss * ((stop - start) / targets)
                 if gradient is not None:
-                    gradient[:, span] += torch.autograd.grad(loss * loss_scale, part)[0]
+                    gradient.narrow(self._time, start, stop + 1 - start).add_(torch.autograd.grad(loss * loss_scale, part)[0])
             total += loss.detach()
         return total, gradient
 
@@ -267,7 +270,9 @@ class Decoder:
         for prefix, block in zip(self.prefixes, self.blocks, strict=True):
             for name, parameter in block.named_parameters(remove_duplicate=False):
                 names.setdefault(id(parameter), []).append(prefix + name)
-        return {name for group in names.values() if len(group) > 1 for name in group}
+        tied = {name for pair in getattr(self.model, "all_tied_weights_keys", {}).items() for name in pair}
+        own = {name for group in names.values() for name in group}
+        return {name for group in names.values() if len(group) > 1 for name in group} | (tied & own)
 
     def dense(self) -> dict[str, float]:
         """{name, with "*" for numbers: share of the blocks' weights} of matrices and larger tensors that stay dense by their
@@ -325,8 +330,10 @@ class Decoder:
         try:
             tokens = self._probe()
             state = self.enter(tokens)
-            if state.hidden.shape[:2] != tokens.shape:
-                raise ValueError(f"the first block is given {tuple(state.hidden.shape)} for {tuple(tokens.shape)} tokens")
+            shape = tuple(state.hidden.shape)
+            if shape.count(PROBE_TOKENS) != 1:
+                raise ValueError(f"the first block is given hidden states of {shape} for {PROBE_TOKENS} tokens")
+            self._time = shape.index(PROBE_TOKENS)
             for i in range(len(self) if self.source is None else 0):
                 self.advance(i, [state])
             alone, _ = self.tail(state.hidden, tokens, positions=PROBE_TOKENS // 2)
@@ -386,11 +393,17 @@ class _Chain:
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of modules that holds most of a decoder's weights, and its name."""
+    """The list of a decoder's blocks, and its name: as long as the config says, least deep inside, of the most weights."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+    def rank(named: tuple[str, nn.ModuleList]) -> tuple:
+        name, module = named
+        return len(module) == count, -name.count("."), sum(parameter.numel() for parameter in module.parameters())
+
     for decoder in (model.get_decoder(), model.base_model, model):
-        lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         if lists:
-            blocks = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+            _, blocks = max(lists, key=rank)
             return next(name for name, other in model.named_modules() if other is blocks), blocks
     raise ValueError(f"{type(model).__name__} has no list of decoder blocks: this project prunes decoder-only models")
 

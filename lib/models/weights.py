@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 # Stacks of these classes are (E, in, out), and nothing about the class says so (others have an `is_transposed`).
 TRANSPOSED = ("Llama4TextExperts", "RecurrentGemmaRglru")
+NO_PRODUCTS = ("A_log",)  # parameters of three dimensions that nothing is multiplied with as a matrix
 BLOCK_DIAGONAL = ("DeepseekV4GroupedLinear",)  # linears of which every group of outputs has inputs of its own
-ROUTERS = ("router", "gate", "shared_expert_gate", "wg")  # names of linears that send tokens to experts
+ROUTERS = ("router", "gate", "shared_expert_gate")  # names of modules beside experts that send tokens to them
 
 Seen = Callable[[str, torch.Tensor], None]  # (name of a matrix, its inputs (..., in))
 
@@ -68,11 +69,10 @@ def matrices_of(block: nn.Module) -> dict[str, Matrix]:
     matrices = []
     for path, module in block.named_modules():
         if _is_linear(module) and type(module).__name__ not in BLOCK_DIAGONAL:
-            router = path.rpartition(".")[2] in ROUTERS and _has_experts(block, path)
-            matrices.append(Matrix(path, module, "weight", None, _is_conv1d(module), router))
+            matrices.append(Matrix(path, module, "weight", None, _is_conv1d(module), _is_router(block, path)))
         elif not type(module).__module__.startswith("torch.nn"):
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and not name.endswith("bias"):
+                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and name not in NO_PRODUCTS and not name.endswith("bias"):
                     transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED)
                     prefix = f"{path}." if path else ""
                     matrices += [Matrix(f"{prefix}{e}.{name}", module, name, e, transposed) for e in range(len(parameter))]
@@ -217,7 +217,11 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__)
 
 
-def _has_experts(block: nn.Module, path: str) -> bool:
-    """Whether a linear stands beside experts."""
-    owner = block.get_submodule(path.rpartition(".")[0])
-    return any("expert" in name for name, _ in owner.named_modules()) or any("expert" in n for n, _ in owner.named_parameters())
+def _is_router(block: nn.Module, path: str) -> bool:
+    """Whether a linear is, or is a part of, a router that stands beside experts."""
+    parts = path.split(".")
+    for k, part in enumerate(parts):
+        if part in ROUTERS:
+            beside = block.get_submodule(".".join(parts[:k]))
+            return any("expert" in f"{name}.{type(module).__name__}".lower() for name, module in beside.named_modules())
+    return False
