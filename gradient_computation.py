@@ -12,7 +12,7 @@ import logging
 
 import torch
 
-from lib import cli, data, parallel, report
+from lib import cli, parallel, report
 from lib.gradients.folder import GradientWriter, folder_of
 from lib.gradients.walk import NORMS, SCALE, gradient_norms
 from lib.gradients.work import GradientWork
@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
     norms = tuple(sorted(set(args.norms)))
     outline = loading.outline(args.model, cache_dir=args.cache_dir)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
+    cli.settle_bos(args, outline, tokenizer)
+    windows = cli.read_calibration(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "dataset": args.dataset,
         "pack": args.pack,
+        "text_column": args.text_column,
+        "bos": args.bos,
         "dtype": str(decoder.model.dtype).removeprefix("torch."),
         "processes": parallel.world(),
         "versions": report.versions(),

@@ -11,6 +11,7 @@ need none. Every flag is explained in docs/flags.md.
 import argparse
 import contextlib
 import logging
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 
-from lib import cli, data, parallel, report
-from lib.evaluation.perplexity import perplexity, windows_of
+from lib import cli, parallel, report
+from lib.data import sources
+from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
@@ -62,7 +64,10 @@ def declare(groups: cli.Groups) -> None:
         "--eval_dataset",
         default="wikitext2",
         metavar="TEXT",
-        help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
+        help="text for the perplexity: wikitext2, c4 or files (default: %(default)s)",
+    )
+    groups.model.add_argument(
+        "--force", action="store_true", help=f"go on where the dense perplexity is beyond {HOPELESS:g} or not finite"
     )
 
     add = groups.method.add_argument
@@ -123,7 +128,7 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        data.check_source(args.eval_dataset, args.data_dir, "evaluation")
+        sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         if method.gradients and not os.path.exists(args.gradient_path):
             raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
     except (ValueError, FileNotFoundError) as error:
@@ -160,7 +165,7 @@ class Run:
     targets: selection.Targets
     asked: float  # the share of zeros that the targets ask for
     gradients: GradientNorms | None
-    calibration: torch.Tensor | None  # (n, T)
+    calibration: torch.Tensor | None  # (n, T); None for a method that does not look at activations
     evaluation: torch.Tensor  # (m, T)
     phases: report.Phases
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
@@ -189,7 +194,9 @@ def prepare(args: argparse.Namespace) -> Run:
     )
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
-    calibration, evaluation = read_text(args, tokenizer)
+    cli.settle_bos(args, outline, tokenizer)
+    evaluation = cli.read_evaluation(args, tokenizer)
+    calibration = cli.read_calibration(args, tokenizer) if method.statistic else None
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
     decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
     asked = selection.total_ratio(outline, targets)
@@ -209,16 +216,6 @@ def prepare(args: argparse.Namespace) -> Run:
     return run
 
 
-def read_text(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Calibration windows (n, T), None for a method that does not look at activations, and evaluation windows (m, T)."""
-    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
-    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)
-    if METHODS[args.prune_method].statistic is None:
-        return None, evaluation
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    return data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack), evaluation
-
-
 def measure(run: Run, name: str) -> float:
     """The perplexity of the model as it is now; `name` is that of the phase."""
     group = run.plan.group(len(run.evaluation), 1) if run.plan.streamed else 1
@@ -231,12 +228,26 @@ def measure(run: Run, name: str) -> float:
 
 def refuse_hopeless(run: Run, dense: float) -> None:
     """Raise ValueError if the dense perplexity says that nothing measured from here on would mean anything."""
-    if not dense <= HOPELESS and not run.args.force:  # not <=: NaN is hopeless as well
-        raise ValueError(
-            f"the dense perplexity is {dense:.4g} {run.text}, beyond {HOPELESS:.0f}: {type(run.tokenizer).__name__} of "
-            f"{len(run.tokenizer)} tokens may not be this model's tokenizer, the text not in a language it knows, or "
-            f"{run.args.model} not a trained model. Nothing was pruned; --force goes on all the same"
+    if dense <= HOPELESS or run.args.force:
+        return
+    reasons = (
+        f"{type(run.tokenizer).__name__} of {len(run.tokenizer)} tokens may not be this model's tokenizer, the text not in a "
+        f"language it knows, or {run.args.model} not a trained model"
+    )
+    if not math.isfinite(dense):
+        dtype = str(run.decoder.model.dtype).removeprefix("torch.")
+        overflow = (
+            "where numbers beyond 65504 overflow: use --dtype bfloat16 or float32"
+            if dtype == "float16"
+            else "use --dtype float32"
         )
+        if dtype == "float32":
+            overflow = "which is hardly too small for it: weights may be NaN or infinite"
+        reasons = f"it was computed in {dtype}, {overflow}. Otherwise, {reasons}"
+    raise ValueError(
+        f"the dense perplexity is {dense:.4g} {run.text}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; "
+        "--force goes on all the same"
+    )
 
 
 def prune_model(run: Run) -> Zeros:

@@ -1,4 +1,4 @@
-"""GBLM-Pruner's library, in rooms: models, gradients, pruning, evaluation; what all of them use is beside this file.
+"""GBLM-Pruner's library, in rooms: data, models, gradients, pruning, evaluation; what all of them use is beside this file.
 
     data -> (n, T) token windows -> models: head - blocks - tail -> gradients -> a folder of norms
                                                                  -> pruning (scores.py holds the paper's formula) -> evaluation

@@ -12,7 +12,9 @@ import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import data, parallel
+from lib import parallel
+from lib.data import sources, windows
+from lib.evaluation.perplexity import windows_of
 from lib.gradients.folder import GradientNorms
 from lib.models import loading, memory
 from lib.models.decoder import Decoder
@@ -59,7 +61,6 @@ def add_common_flags(groups: Groups) -> None:
         help="to compute in; auto: the checkpoint's on a GPU, bfloat16 on a CPU with instructions for it, else float32",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--force", action="store_true", help="go on where model, tokenizer and text seem not to belong together")
 
     add = groups.data.add_argument
     add("--nsamples", type=positive, default=128, metavar="N", help="calibration samples (default: %(default)s)")
@@ -75,7 +76,16 @@ def add_common_flags(groups: Groups) -> None:
         "--dataset",
         default="c4",
         metavar="TEXT",
-        help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file (default: %(default)s)",
+        help="calibration text: c4, wikitext2, or a .txt, .jsonl, .json or .parquet file, a folder or a pattern of them "
+        "(default: %(default)s)",
+    )
+    add("--text_column", metavar="NAME", help="of files' rows, holds their text or chats (default: text, or else messages)")
+    add(
+        "--bos",
+        choices=["auto", "first", "every"],
+        default="auto",
+        help="first: where the tokenizer puts BOS, once before a text; every: before every window; auto: every for Gemma, "
+        "else first, as published (default: %(default)s)",
     )
     add("--pack", action="store_true", help="join calibration documents with EOS and cut, for short documents")
     add("--data_dir", metavar="DIR", help="read c4 and wikitext2 from this folder, laid out as on the hub")
@@ -109,7 +119,7 @@ def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
     try:
         loading.check_name(args.model)
         loading.resolve_device(args.device)
-        data.check_source(args.dataset, args.data_dir)
+        sources.check_source(args.dataset, args.data_dir)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 
@@ -143,25 +153,61 @@ def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **nee
     return decoder, chosen
 
 
-def check_vocabulary(args: argparse.Namespace, outline: Decoder, tokenizer, *windows: torch.Tensor | None) -> None:
-    """Raise ValueError if the tokenizer has ids that the model has no embedding for; under --force, only if `windows` do."""
+def settle_bos(args: argparse.Namespace, outline: Decoder, tokenizer) -> None:
+    """Make `args.bos` what it means for this model, "first" or "every"."""
+    family = outline.model.config.model_type
+    if args.bos == "auto":
+        args.bos = "every" if loading.needs_bos(outline) else "first"
+        if args.bos == "every":
+            logger.info("--bos every: %s models need BOS before every window", family)
+    if args.bos == "every" and tokenizer.bos_token_id is None:
+        raise ValueError(f"the tokenizer of this {family} model has no BOS token to put before every window: use --bos first")
+    if args.bos == "every" and args.seq_length < 2:
+        raise ValueError(f"--seq_length {args.seq_length} has no room for text behind BOS: use a longer one")
+
+
+def read_calibration(args: argparse.Namespace, tokenizer) -> torch.Tensor:
+    """The calibration windows (n, T) that the flags ask for; `settle_bos` comes first."""
+    docs = sources.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir, column=args.text_column)
+    return windows.calibration_windows(
+        docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack, source=args.dataset, bos=_bos(args, tokenizer)
+    )
+
+
+def read_evaluation(args: argparse.Namespace, tokenizer) -> torch.Tensor:
+    """The windows (m, T) of --eval_dataset; `settle_bos` comes first."""
+    bos = _bos(args, tokenizer)
+    docs = sources.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir, args.text_column)
+    return windows_of(windows.evaluation_tokens(docs, tokenizer, args.eval_dataset, bos), args.seq_length, bos)
+
+
+def _bos(args: argparse.Namespace, tokenizer) -> int | None:
+    return tokenizer.bos_token_id if args.bos == "every" else None
+
+
+def check_vocabulary(args: argparse.Namespace, outline: Decoder, tokenizer, *texts: torch.Tensor | None) -> None:
+    """Raise ValueError if windows hold ids that the model has no embedding for; warn if only the tokenizer has such ids."""
     embeddings = outline.model.get_input_embeddings().weight.shape[0]
-    highest = max(int(tokens.max()) for tokens in windows if tokens is not None)
-    if not args.force:
-        highest = max(highest, *tokenizer.get_vocab().values())
-    if highest >= embeddings:
-        remedy = "these tokens occur in the text" if args.force else "--force goes on if the text does not need them"
+    used = max(int(tokens.max()) for tokens in texts if tokens is not None)
+    known = max(tokenizer.get_vocab().values())
+    if used >= embeddings:
         raise ValueError(
-            f"the tokenizer ({type(tokenizer).__name__}) has token ids up to {highest}, but {args.model} only {embeddings} "
-            f"embeddings: it is another model's, or tokens were added to it without resizing the model. Use the model's own; {remedy}"
+            f"the text has token ids up to {used} by this tokenizer ({type(tokenizer).__name__}), but {args.model} only "
+            f"{embeddings} embeddings: use the model's own tokenizer, or text without the tokens that were added to it"
         )
+    if known >= embeddings:
+        logger.warning(
+            "the tokenizer (%s) has token ids up to %d, but %s only %d embeddings; the text has none of the ids beyond them",
+            type(tokenizer).__name__, known, args.model, embeddings,
+        )  # fmt: skip
 
 
 def compare_samples(args: argparse.Namespace, gradients: GradientNorms) -> None:
     """Warn if the gradients are not from the samples that these flags draw."""
-    for flag in ("nsamples", "seq_length", "seed", "dataset", "pack"):
-        there, here = gradients.index.get(flag), getattr(args, flag)
-        if there not in (None, here):
+    recorded = {"text_column": None, "bos": "first", **gradients.index}  # neither is in older folders and published files
+    for flag in ("nsamples", "seq_length", "seed", "dataset", "pack", "text_column", "bos"):
+        there, here = recorded.get(flag, getattr(args, flag)), getattr(args, flag)
+        if there != here:
             logger.warning(
                 "the gradients were computed with --%s %s, the activations will be with %s: run gradient_computation.py "
                 "with the same flags to have both from the same samples", flag, there, here,
@@ -206,6 +252,7 @@ def set_up_logging() -> None:
     )
     for name in ("httpx", "httpcore", "datasets", "transformers", "accelerate", "fsspec", "filelock", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").handlers.clear()  # its lines come here as well
     logging.captureWarnings(True)
     if not sys.stderr.isatty():
         disable_model_progress_bars()

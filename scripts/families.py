@@ -28,7 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny_configs import TYPES, VOCABULARY, WRAPPERS, tiny_model
+from tiny_configs import TYPES, VOCABULARY, tiny_model
 
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
@@ -160,7 +160,9 @@ def naive_wanda(dense: nn.Module, decoder: Decoder, windows: torch.Tensor) -> No
         for name, matrix in decoder.linears(i).items():
             differing = ((matrix.weight == 0) != (weights[name] == 0)).sum().item()
             if differing > 2 + 0.001 * weights[name].numel():  # a rounding at the threshold flips a pair
-                raise Wrong(f"{differing} of {weights[name].numel()} mask bits of {decoder.prefixes[i]}{name} differ from wanda's")
+                raise Wrong(
+                    f"{differing} of {weights[name].numel()} mask bits of {decoder.prefixes[i]}{name} differ from wanda's"
+                )
             weights[name].copy_(matrix.weight)  # so that later blocks see the same inputs
 
 
@@ -223,8 +225,10 @@ def report(kind: str, sender) -> None:
         where = traceback.extract_tb(error.__traceback__)[-1]
         own = Path(where.filename).is_relative_to(ROOT) and "site-packages" not in where.filename
         message = " ".join(str(error).split())
-        answer = ("refused", message) if own and isinstance(error, ValueError) else (
-            "crashed", f"{type(error).__name__}: {message} [{Path(where.filename).name}:{where.lineno}]"
+        answer = (
+            ("refused", message)
+            if own and isinstance(error, ValueError)
+            else ("crashed", f"{type(error).__name__}: {message} [{Path(where.filename).name}:{where.lineno}]")
         )
     sender.send(answer)
 

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, data, report
-from lib.evaluation.perplexity import perplexity, windows_of
+from lib import cli, report
+from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.models import loading
 from lib.pruning.masks import Sparsity
@@ -80,10 +80,9 @@ def main(args: argparse.Namespace) -> None:
 
     outline = loading.outline(args.model, cache_dir=args.cache_dir)
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
-    docs = data.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir)
-    calibration = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack)
-    text = data.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir)
-    evaluation = windows_of(data.evaluation_tokens(text, tokenizer, args.eval_dataset), args.seq_length)[: args.windows]
+    cli.settle_bos(args, outline, tokenizer)
+    calibration = cli.read_calibration(args, tokenizer)
+    evaluation = cli.read_evaluation(args, tokenizer)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     if gradients:

@@ -57,6 +57,7 @@ NUMBERS = {key: number for number, keys in SMALL.items() for key in keys.split()
 LOCAL, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 LAYERS = {  # kinds of blocks that neither four blocks nor the defaults have, those of the first half and those of the second
     **dict.fromkeys(("bailing_hybrid", "granitemoehybrid", "kimi_linear"), (LINEAR, FULL)),
+    "gemma4_text": (LOCAL, FULL),
     **dict.fromkeys(("dots1", "gemma3_text", "gemma3n_text", "kolibri1", "laguna", "mellum", "ministral"), (LOCAL, FULL)),
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "smollm3"), (LOCAL, FULL)),
     "deepseek_v4": ("heavily_compressed_attention", LOCAL, "compressed_sparse_attention", LOCAL),
@@ -83,7 +84,8 @@ OWN: dict[str, dict] = {
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 4], "adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16},
     "dots3_note_text": {"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 8, "swa_qk_nope_head_dim": 8},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {"num_kv_shared_layers": 1},
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 4}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

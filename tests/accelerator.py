@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from lib.models import loading
+
 aten = torch.ops.aten
 FREE = 2**33  # bytes that the device says it has left
 
@@ -100,13 +102,21 @@ _setup_privateuseone_for_python_backend("standin", backend_module=_Module())
 DEVICE = torch.device("standin", 0)
 
 
+def install() -> None:
+    """Let `--device standin` be a device of the commands in this process."""
+    resolve = loading.resolve_device
+    loading.resolve_device = lambda device: DEVICE if str(device).startswith("standin") else resolve(device)
+
+
 class DeviceTensor(torch.Tensor):
     """A tensor on the stand-in; `inner` holds its values."""
 
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor):
+    def __new__(cls, inner: torch.Tensor, requires_grad: bool | None = None):
+        if requires_grad is not None:  # accelerate makes a parameter of the type of the one before
+            return torch.nn.Parameter(inner, requires_grad)
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=DEVICE, requires_grad=False
         )
@@ -121,15 +131,18 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
+    def numpy(self, *, force: bool = False):
+        raise TypeError("can't convert a standin:0 device type tensor to numpy, use Tensor.cpu() first")
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        to_host = False
         if func in COPIES:
-            to_host = _count_copy(func, args, kwargs)
+            leaves = _count_copy(func, args, kwargs)
         else:
             _check(func, args, kwargs)
-        if kwargs.get("device") is not None:
+            leaves = False
+        if kwargs.get("device") is not None and not leaves:
             kwargs["device"] = torch.device("cpu")
         own = {id(leaf.inner): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor)}
 
@@ -137,7 +150,7 @@ class DeviceTensor(torch.Tensor):
             return value.inner if isinstance(value, DeviceTensor) else value
 
         def wrap(value):
-            if not isinstance(value, torch.Tensor) or to_host:
+            if not isinstance(value, torch.Tensor) or leaves:
                 return value
             return own.get(id(value)) if id(value) in own else DeviceTensor(value)
 
@@ -149,21 +162,17 @@ class DeviceTensor(torch.Tensor):
 
 
 def _count_copy(func, args: tuple, kwargs: dict) -> bool:
-    """Count a copy between devices; whether the result is the host's."""
+    """Count a copy if it is one between devices; whether the result is not on the stand-in."""
     if func is aten._to_copy.default:
-        source = args[0]
-        target = kwargs.get("device") or source.device
+        source, target = args[0].device, kwargs.get("device") or args[0].device
         blocking = not kwargs.get("non_blocking")
-        to_host, to_device = target.type == "cpu", target.type != "cpu" and not isinstance(source, DeviceTensor)
-        crosses = to_host or to_device
     else:
-        target, source, blocking = args[0], args[1], not (args[2:] and args[2]) and not kwargs.get("non_blocking")
-        to_host = not isinstance(target, DeviceTensor)
-        crosses = to_host or not isinstance(source, DeviceTensor)
-    if crosses:
-        TRAFFIC["downloads" if to_host else "uploads"] += 1
-        TRAFFIC["waits"] += blocking or to_host
-    return to_host
+        source, target = args[1].device, args[0].device
+        blocking = not (kwargs.get("non_blocking") or args[2:] == (True,))
+    if source != target and target.type != "meta":
+        TRAFFIC["downloads" if target.type == "cpu" else "uploads"] += 1
+        TRAFFIC["waits"] += blocking or target.type == "cpu"  # memory that is not pinned is waited for on its way to the host
+    return target.type != DEVICE.type
 
 
 def _check(func, args: tuple, kwargs: dict) -> None:

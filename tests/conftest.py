@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer and documents made on the spot: the fast tier needs no file and no network."""
 
+import copy
 import os
 import random
 import subprocess
@@ -13,9 +14,10 @@ import fetch_demo
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lib.models import loading
 from lib.models.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,26 @@ TINY = {
 }
 
 
+DEVICE = torch.device("cpu")  # where the tests' models are: `pytest --device`
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="of models and commands: cpu, cuda, or standin, the GPU without a GPU of accelerator.py"
+    )
+
+
+def pytest_configure(config):
+    global DEVICE
+    if config.getoption("device") == "standin":
+        import accelerator
+
+        accelerator.install()
+        DEVICE = accelerator.DEVICE
+    else:
+        DEVICE = loading.resolve_device(config.getoption("device"))
+
+
 def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, noise: float = 0.2, **changes):
     """A random model of a family, the same at every call: spread-out weights, and `noise` on biases and norms' weights."""
     name, own = TINY[family]
@@ -68,15 +90,15 @@ def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float3
                 torch.nn.init.normal_(parameter, std=0.2)
             else:
                 parameter.data += noise * torch.randn_like(parameter)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def tiny_decoder(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, **changes) -> Decoder:
-    return Decoder(tiny_model(family, dtype, **changes), torch.device("cpu"))
+    return Decoder(tiny_model(family, dtype, **changes), DEVICE)
 
 
 def random_windows(count: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +111,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def with_bos(tokenizer):
+    """The same, and it puts BOS before a text."""
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return own
+
+
+@pytest.fixture(scope="session")
 def documents() -> list[str]:
     """Documents of 5 to 60 words."""
     rng = random.Random(3)
@@ -98,7 +128,7 @@ def documents() -> list[str]:
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model(noise=0).save_pretrained(folder)
+    tiny_model(noise=0).cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

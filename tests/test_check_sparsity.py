@@ -49,7 +49,7 @@ def prune_to(folder, source, decoder, pattern: str) -> None:
 
 @pytest.fixture
 def dense(tmp_path):
-    tiny_model(dtype=torch.float16).save_pretrained(tmp_path / "dense")
+    tiny_model(dtype=torch.float16).cpu().save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
 
 
@@ -113,7 +113,7 @@ def test_excluded_linears_need_no_pattern(check, pruned, dense):
 
 
 def test_other_shapes_and_dtypes_are_changes(check, pruned, tmp_path):
-    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    tiny_model(dtype=torch.float32).cpu().save_pretrained(tmp_path / "wide")
     status, printed = check(pruned, "--against", tmp_path / "wide")
     assert status == 1 and "in torch.float16, the dense model's is" in printed
 

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEVICE, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradient_computation
 import main as pruning
-from lib import cli, data
+from lib import cli
+from lib.data import sources
 from lib.gradients.folder import GradientNorms
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation}
@@ -25,7 +26,8 @@ def run(script: str, *arguments) -> str:
     command, printed = COMMANDS[script], io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            command.main(command.parse([str(argument) for argument in arguments]))
+            device = () if "--device" in arguments else ("--device", DEVICE)
+            command.main(command.parse([str(argument) for argument in (*arguments, *device)]))
     finally:
         print(printed.getvalue(), end="")  # what a command that fails printed is the test's to look at
     return printed.getvalue()
@@ -84,6 +86,8 @@ def test_gradients_say_what_made_them(gradients, saved_model, text):
         "seed": 0,
         "dataset": str(text),
         "pack": False,
+        "text_column": None,
+        "bos": "first",
         "dtype": "float32",
     }
     assert expected.items() <= index.items()
@@ -189,7 +193,9 @@ def test_gradients_of_another_model_stop_the_run(flags, gradients, tmp_path, sav
     assert "dense perplexity" not in capsys.readouterr().out
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_stops_the_run(flags, saved_model, text, tmp_path, capsys):
+def test_a_tokenizer_with_more_tokens_than_the_model_stops_text_that_holds_them(
+    flags, saved_model, text, tmp_path, capsys, caplog
+):
     shutil.copytree(saved_model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(saved_model)
     tokenizer.add_tokens(["<never used>"])
@@ -197,14 +203,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_stops_the_run(flags, saved_
     command = [*flags, "--model", tmp_path / "model"]
     pruning_flags = ["--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
     for script, more in (("main.py", pruning_flags), ("gradient_computation.py", ["--output_dir", tmp_path])):
-        with pytest.raises(ValueError, match=r"token ids up to 96, but .* only 96 embeddings.*--force"):
-            run(script, *command, *more)
-    assert capsys.readouterr().out == ""
-    assert "pruned perplexity" in run("main.py", *command, *pruning_flags, "--force")
+        caplog.clear()
+        run(script, *command, *more)
+        assert "token ids up to 96" in caplog.text and "only 96 embeddings; the text has none" in caplog.text
+    capsys.readouterr()
     text = tmp_path / "text.txt"
     text.write_text("w5 <never used> " * 50)
-    with pytest.raises(ValueError, match="token ids up to 96.*occur in the text"):
-        run("main.py", *command, *pruning_flags, "--eval_dataset", text, "--force")
+    for wrong in (["--eval_dataset", text, "--force"], ["--eval_dataset", text]):
+        with pytest.raises(ValueError, match="the text has token ids up to 96 .* only 96 embeddings"):
+            run("main.py", *command, *pruning_flags, *wrong)
+    with pytest.raises(ValueError, match="the text has token ids up to 96 .* only 96 embeddings"):
+        run("gradient_computation.py", *command, "--dataset", text, "--output_dir", tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_hopeless_dense_perplexity_stops_the_run(flags, saved_model, text, tmp_path, capsys):
@@ -235,7 +245,7 @@ def test_weights_of_others_are_not_replaced(flags, saved_model, text, tmp_path, 
 
 def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(monkeypatch, capsys):
     def refused(args):
-        data.documents("nothing.txt")
+        sources.documents("nothing.txt")
 
     def broken(args):
         json.loads("{")  # a ValueError, of another library
@@ -244,15 +254,6 @@ def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(
         cli.run(lambda: None, refused)
     with pytest.raises(json.JSONDecodeError):
         cli.run(lambda: None, broken)
-
-
-def test_a_hub_out_of_reach_has_a_remedy(monkeypatch):
-    def out_of_reach(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(data, "load_dataset", out_of_reach)
-    with pytest.raises(ConnectionError, match=r"c4 cannot be fetched from the hub.*--data_dir"):
-        data.documents("c4")
 
 
 def test_windows_in_batches_give_the_same_perplexity(flags, text):

@@ -7,7 +7,8 @@ from test_prune import gradient_of, naive_prune
 from test_walk import autograd_norms, largest_difference, ours
 from torch import nn
 
-from lib import data
+from lib.data.sources import documents
+from lib.data.windows import calibration_windows, evaluation_tokens
 from lib.evaluation.perplexity import perplexity, windows_of
 from lib.models import loading
 from lib.pruning.masks import Sparsity
@@ -19,14 +20,14 @@ N, T = 4, 512
 
 @pytest.fixture(scope="module")
 def windows():
-    docs = data.documents(str(ROOT / "demo" / "calibration.jsonl"))
-    return data.calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
+    docs = documents(str(ROOT / "demo" / "calibration.jsonl"))
+    return calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
 
 
 @pytest.fixture(scope="module")
 def evaluation():
-    docs = data.documents(str(ROOT / "demo" / "evaluation.jsonl"))
-    return windows_of(data.evaluation_tokens(docs, loading.load_tokenizer(str(DEMO))), T)[:12]
+    docs = documents(str(ROOT / "demo" / "evaluation.jsonl"))
+    return windows_of(evaluation_tokens(docs, loading.load_tokenizer(str(DEMO))), T)[:12]
 
 
 @pytest.fixture(scope="module")

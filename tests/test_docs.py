@@ -133,7 +133,7 @@ def test_the_checks_see_what_is_wrong(tmp_path):
     assert broken_links(page) == ["#one", "none.md"]
     wrong = [
         "lib/nothing.py",
-        "lib/data.py:nothing",
+        "lib/parallel.py:nothing",
         "lib/models/decoder.py:Decoder.nothing",
         "tests/test_docs.py:test_nothing",
     ]
@@ -328,9 +328,9 @@ def make_files(namespace: argparse.Namespace, folder: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"0": 0.3}) if name == "layer_ratios" else json.dumps({"text": "text"}))
     if values.get("data_dir"):
-        from lib.data import HUB
+        from lib.data.sources import HUB
 
-        for repository, _, file in [entry for purposes in HUB.values() for entry in purposes.values()]:
+        for repository, file in [entry for purposes in HUB.values() for entry in purposes.values()]:
             path = folder / values["data_dir"] / repository / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, needs_demo
 
-from lib import data
+from lib.data.sources import documents
+from lib.data.windows import calibration_windows
 from lib.models import loading
 from lib.pruning import scores
 from lib.pruning.activations import ActivationNorm, observe
@@ -53,8 +54,8 @@ def compressed(unpacked):
 @pytest.fixture
 def entered():
     """The demo model and N samples before its first block."""
-    docs = data.documents(str(ROOT / "demo" / "calibration.jsonl"))
-    windows = data.calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
+    docs = documents(str(ROOT / "demo" / "calibration.jsonl"))
+    windows = calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
     decoder = loading.load(str(DEMO), dtype="float32", device="cpu")
     return decoder, decoder.enter_all(windows)
 

@@ -13,10 +13,11 @@ ARROWS = {
     "pruning": {"models", "parallel"},
     "gradients": {"models", "parallel"},
     "evaluation": {"models", "parallel", "data"},
-    "data": set(),
+    "data": {"hub"},
+    "hub": set(),
     "parallel": set(),
     "report": {"parallel", "models", "pruning"},
-    "cli": {"data", "parallel", "report", "models", "gradients", "pruning", "evaluation"},
+    "cli": {"data", "hub", "parallel", "report", "models", "gradients", "pruning", "evaluation"},
 }
 MODULES = sorted((ROOT / "lib").rglob("*.py"))
 

@@ -4,21 +4,25 @@ import torch
 from tqdm import tqdm
 
 from lib import parallel
+from lib.data.windows import with_bos
 from lib.models.decoder import Decoder
 
 
-def windows_of(tokens: torch.Tensor, seq_length: int) -> torch.Tensor:
+def windows_of(tokens: torch.Tensor, seq_length: int, bos: int | None = None) -> torch.Tensor:
     """Cut a stream (n_tokens,) into full windows (n, T); the short tail is dropped.
+
+    With `bos`, every window is that id and T - 1 tokens of the stream: all of them are targets, BOS is not.
 
     Raises:
         ValueError: the text is shorter than one window.
     """
-    count = len(tokens) // seq_length
+    length = seq_length - (bos is not None)
+    count = len(tokens) // length
     if count == 0:
         raise ValueError(
-            f"the evaluation text has {len(tokens)} tokens, fewer than one window of {seq_length}: shorten --seq_length"
+            f"the evaluation text has {len(tokens)} tokens, fewer than one window of {length}: shorten --seq_length"
         )
-    return tokens[: count * seq_length].view(count, seq_length)
+    return with_bos(tokens[: count * length].view(count, length), bos)
 
 
 @torch.no_grad()

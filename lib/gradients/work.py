@@ -87,9 +87,9 @@ class GradientWork(MutableMapping):
         for norm, totals in sums.totals.items():
             for name, total in totals.items():
                 if total.is_contiguous():
-                    tensors[f"{norm}/plain/{name}"] = total
+                    tensors[f"{norm}/plain/{name}"] = total.cpu()
                 else:  # kept in autograd's layout, see BlockSums.add
-                    tensors[f"{norm}/transposed/{name}"] = total.T.contiguous()
+                    tensors[f"{norm}/transposed/{name}"] = total.T.contiguous().cpu()
         replace_file(self._next() / f"block_{i:03d}.safetensors", lambda path: save_file(tensors, path))
 
     def __delitem__(self, i: int) -> None:

@@ -9,21 +9,21 @@ soft-capping and tied heads are the model's own and no family is a special case.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers.cache_utils import Cache
 
+from lib.models.carried import Carried, split
+from lib.models.chain import Chain, calls, find_blocks, learn, replaced
 from lib.models.host import mapped, trim_heap
 from lib.models.weights import Matrix, kind_of, matrices_of
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
 TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
-MOST_RETURNED = 4  # of the values that a block returns
+HANDED = "returned by earlier blocks"  # among a block's arguments: what of that it takes, by (block, position)
 PROBE_TOKENS = 11  # of the text that a model has to run alike as a whole and block by block
 PROBE_TOLERANCE = {torch.float32: 1e-3}  # of its loss, relative; in 16 bits:
 PROBE_TOLERANCE_16 = 0.03
@@ -37,11 +37,8 @@ class State:
 
     hidden: torch.Tensor
     kwargs: list[dict]
+    carried: Carried = field(default_factory=dict)  # of the arguments, the mappings that blocks fill for later ones
     mapped: bool = False  # `hidden` is a slot of a file, to be written in place
-
-
-class _Recorded(Exception):
-    """Leaves the model's forward once the last block's arguments are known."""
 
 
 class Decoder:
@@ -61,12 +58,11 @@ class Decoder:
         self.model = model.eval().requires_grad_(False)
         self.device = device
         self.source = source
-        path, self.blocks = _find_blocks(model)
+        path, self.blocks = find_blocks(model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict | None] = []  # of the sample before, shared by samples that have equal ones
-        self._returned: int | None = None  # values that the model takes from a block: 0 is a tensor alone, None not known yet
+        self.chain: Chain | None = None  # learnt from the first tokens
         self._time = 1  # the dimension of hidden states that is T
-        self._handed: dict[int, set[int]] = {}  # block -> which of them, besides the first, later blocks are given
         self._several = self._used_several_times()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # one product per expert: `weights.products` sees each
@@ -94,20 +90,21 @@ class Decoder:
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
-        values, read = {}, {}
-        for name, matrix in self._matrices(i).items():
-            weight = matrix.stored
+        matrices = self._matrices(i)
+        where = [_evenly(matrix.shape) for matrix in matrices.values()]
+        read: dict[str, torch.Tensor] = {}
+        if self.source is None:
+            where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
+        values = []
+        for matrix, (row, column) in zip(matrices.values(), where, strict=True):
+            weight = matrix.stored.detach()
             if self.source is not None:
                 if matrix.tensor_name not in read:  # a stack once for all its matrices
                     read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
-                weight = read[matrix.tensor_name] if matrix.index is None else read[matrix.tensor_name][matrix.index]
-            weight = matrix.oriented(weight)
-            where = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-            row, column = (
-                part.to(weight.device, non_blocking=True) for part in (where // weight.shape[1], where % weight.shape[1])
-            )
-            values[name] = weight.detach()[row, column].float()
-        return dict(zip(values, torch.stack(list(values.values())).cpu(), strict=True))
+                weight = read[matrix.tensor_name]
+                weight = weight if matrix.index is None else weight[matrix.index]
+            values.append(matrix.oriented(weight)[row, column].float())
+        return dict(zip(matrices, torch.stack(values).cpu(), strict=True)) if values else {}
 
     @contextmanager
     def resident(self, i: int) -> Iterator[nn.Module]:
@@ -121,7 +118,9 @@ class Decoder:
             for name in names:
                 # From a mapped file, whose pages the driver has taken when the call returns: nobody need wait for the copy.
                 key = self.prefixes[i] + name
-                value = self.source[self.model.all_tied_weights_keys.get(key, key)].to(self.device, self.model.dtype, non_blocking=True, copy=True)
+                value = self.source[self.model.all_tied_weights_keys.get(key, key)].to(
+                    self.device, self.model.dtype, non_blocking=True, copy=True
+                )
                 set_module_tensor_to_device(block, name, self.device, value=value, clear_cache=False)
             yield block
         finally:
@@ -132,63 +131,21 @@ class Decoder:
     @torch.no_grad()
     def enter(self, tokens: torch.Tensor) -> State:
         """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""
-        if self._returned is None:
-            self._learn()
-        calls = self._calls(tokens, self._returned)
-        kwargs = [calls[i][1] if i in calls else None for i in range(len(self))]
+        if self.chain is None:
+            self.chain = learn(self.model, self.blocks, self._probe())
+        found = calls(self.model, self.blocks, tokens.to(self.device), self.chain)
+        kwargs, carried = split([found[i][1] if i in found else {} for i in range(len(self))])
         if not _equal(kwargs, self._kwargs):
             self._kwargs = kwargs
-        return State(next(iter(calls.values()))[0], self._kwargs)
-
-    def _calls(self, tokens: torch.Tensor, returned: int, check: "_Chain | None" = None) -> dict[int, tuple[torch.Tensor, dict]]:
-        """{block: (the hidden state it is given, its other arguments)} of a forward whose blocks do nothing, but return as
-        many values as `returned` says."""
-        calls: dict[int, tuple[torch.Tensor, dict]] = {}
-
-        def recorder(i: int, block: nn.Module):
-            parameters = signature(type(block).forward).parameters.values()
-            names = [parameter.name for parameter in parameters][1:]  # without self
-
-            def record(*args, **kwargs):
-                bound = dict(zip(names, args, strict=False)) | kwargs
-                hidden = bound.pop(names[0])
-                if check is not None:
-                    check.called(i, hidden, bound)
-                # A live cache would collect keys across samples.
-                calls[i] = hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}
-                if i + 1 == len(self.blocks):
-                    raise _Recorded
-                # Not `hidden`: a model that unpacks a tensor would hand on less of it from block to block.
-                output, rest = check.returns() if check is not None else (next(iter(calls.values()))[0], [None] * (returned - 1))
-                return (output, *rest) if returned else output
-
-            return record
-
-        with self._blocks_replaced([recorder(i, block) for i, block in enumerate(self.blocks)]):
-            try:
-                self.model(input_ids=tokens.to(self.device), use_cache=False)
-            except _Recorded:
-                pass
-        if not calls:
-            raise ValueError("the forward runs none of them")
-        return calls
-
-    @torch.no_grad()
-    def _learn(self) -> None:
-        """Find out what the model's forward takes from a block, and that it hands exactly that on to the next."""
-        errors = []
-        for returned in range(MOST_RETURNED + 1):
-            chain = _Chain(returned)
-            try:
-                self._calls(self._probe(), returned, chain)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # of the model's own code, which was given other than it expects
-                errors.append(error)
-                continue
-            self._returned, self._handed = returned, chain.handed
-            return
-        raise next((error for error in errors if isinstance(error, ValueError)), errors[0])
+        kwargs = self._kwargs
+        if self.chain.takes:
+            carried[HANDED] = {}
+        if carried:
+            kwargs = [
+                own | {name: carried[name] for name in carried if name == HANDED or name in found.get(i, (None, ()))[1]}
+                for i, own in enumerate(kwargs)
+            ]
+        return State(found[min(found)][0], kwargs, carried)
 
     def _probe(self) -> torch.Tensor:
         """A few tokens, (1, PROBE_TOKENS)."""
@@ -208,18 +165,16 @@ class Decoder:
             states.append(state)
         return states
 
-    def run(self, i: int, hidden: torch.Tensor, kwargs: dict | None) -> torch.Tensor:
-        """Block `i`, which must be resident: (B, T, H) to (B, T, H). Without arguments it is one that the model skips."""
-        if kwargs is None:
+    def run(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Block `i`, which must be resident: (B, T, H) to (B, T, H)."""
+        if i not in self.chain.run:
             return hidden
-        output = self.blocks[i](hidden, **kwargs)
+        handed = kwargs.get(HANDED, {})
+        taken = {name: handed[place] for name, place in self.chain.takes.get(i, {}).items() if place in handed}
+        output = self.blocks[i](hidden, **{name: value for name, value in kwargs.items() if name != HANDED} | taken)
         if not isinstance(output, tuple | list):
             return output
-        if any(output[position] is not None for position in self._handed.get(i, ())):
-            raise ValueError(
-                f"{self.prefixes[i]}: {type(self.model).__name__} hands more from block to block than hidden states, "
-                "so its blocks cannot be run alone"
-            )
+        handed |= {(i, position): output[position] for _, position in self.chain.given(i) if output[position] is not None}
         return output[0]
 
     @torch.no_grad()
@@ -246,10 +201,10 @@ class Decoder:
             stop = min(start + positions, targets)
             span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
             part = hidden.narrow(self._time, start, stop + 1 - start).detach()
-            output = (part, *[None] * (self._returned - 1)) if self._returned else part
+            output = self.chain.output(part)
             with (
                 torch.set_grad_enabled(gradient is not None),
-                self._blocks_replaced([lambda *args, output=output, **kwargs: output] * len(self.blocks)),
+                replaced(self.blocks, [lambda *args, output=output, **kwargs: output] * len(self)),
             ):
                 part.requires_grad_(gradient is not None)
                 loss = self.model(input_ids=tokens[:, span], labels=tokens[:, span], use_cache=False).loss
@@ -348,64 +303,11 @@ class Decoder:
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"the blocks of {type(self.model).__name__} cannot be run one by one on text: {said}") from error
 
-    @contextmanager
-    def _blocks_replaced(self, forwards: list) -> Iterator[None]:
-        # On the instance, so that a model that asks a block for its attributes still finds them.
-        try:
-            for block, forward in zip(self.blocks, forwards, strict=True):
-                block.forward = forward
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
 
-
-class _Chain:
-    """Whether every block runs once and is given what the block before it has returned, seen from inside of a forward."""
-
-    def __init__(self, returned: int):
-        self.returned = returned
-        self.last: torch.Tensor | None = None
-        self.calls: list[int] = []
-        self.rest: dict[int, tuple[int, int]] = {}  # id of what a block returned besides -> (block, its position)
-        self.alive: list = []  # so that ids stay theirs
-        self.handed: dict[int, set[int]] = {}
-
-    def called(self, i: int, hidden: torch.Tensor, arguments: dict) -> None:
-        if self.calls and i <= self.calls[-1]:
-            raise ValueError(f"block {i} is run after block {self.calls[-1]}")
-        if self.calls and not (isinstance(hidden, torch.Tensor) and hidden.data_ptr() == self.last.data_ptr()):
-            raise ValueError(f"between block {self.calls[-1]} and block {i} the model changes what it hands on")
-        if self.calls and hidden.shape != self.last.shape:
-            raise ValueError(f"block {i} is given a part of what block {self.calls[-1]} returned")
-        for value in arguments.values():
-            if id(value) in self.rest:
-                block, position = self.rest[id(value)]
-                self.handed.setdefault(block, set()).add(position)
-        self.calls.append(i)
-        self.last = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-
-    def returns(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        rest = [self.last.new_zeros(1) for _ in range(self.returned - 1)]
-        self.rest |= {id(value): (self.calls[-1], position) for position, value in enumerate(rest, 1)}
-        self.alive += rest
-        return self.last, rest
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of a decoder's blocks, and its name: as long as the config says, least deep inside, of the most weights."""
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-
-    def rank(named: tuple[str, nn.ModuleList]) -> tuple:
-        name, module = named
-        return len(module) == count, -name.count("."), sum(parameter.numel() for parameter in module.parameters())
-
-    for decoder in (model.get_decoder(), model.base_model, model):
-        lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-        if lists:
-            _, blocks = max(lists, key=rank)
-            return next(name for name, other in model.named_modules() if other is blocks), blocks
-    raise ValueError(f"{type(model).__name__} has no list of decoder blocks: this project prunes decoder-only models")
+def _evenly(shape: torch.Size) -> torch.Tensor:
+    """Rows and columns of FINGERPRINT_VALUES weights of a matrix: (2, values)."""
+    flat = torch.linspace(0, shape.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return torch.stack([flat // shape[1], flat % shape[1]])
 
 
 def _equal(a, b) -> bool:

@@ -32,6 +32,7 @@ DENSE = {
     "mxfp4": "dequantise it first (Mxfp4Config(dequantize=True) of transformers, then save_pretrained)",
 }
 SAID = 200  # characters of another library's message that are passed on
+NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,7 +103,9 @@ def outline(
             model = made.from_config(config, dtype=dtype)
     except Exception as error:  # each of two hundred families raises what it likes
         said = " ".join(str(error).split())[:SAID]
-        raise ValueError(f"transformers makes no language model of the config of {name} ({config.model_type}): {said}") from error
+        raise ValueError(
+            f"transformers makes no language model of the config of {name} ({config.model_type}): {said}"
+        ) from error
     return Decoder(model, torch.device(device))
 
 
@@ -159,6 +162,11 @@ def load_tokenizer(name: str, cache_dir: str | None = None):
     said = json.loads(Path(path).read_text()) if path else {}
     missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
     return LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
+
+
+def needs_bos(decoder: Decoder) -> bool:
+    """Whether a model's family was trained with BOS before every text, and needs it: Gemma 1 to 4 and what derives from them."""
+    return any(family in decoder.model.config.model_type for family in NEED_BOS)
 
 
 def dense_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> ModelTensors:

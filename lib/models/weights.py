@@ -72,7 +72,12 @@ def matrices_of(block: nn.Module) -> dict[str, Matrix]:
             matrices.append(Matrix(path, module, "weight", None, _is_conv1d(module), _is_router(block, path)))
         elif not type(module).__module__.startswith("torch.nn"):
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and name not in NO_PRODUCTS and not name.endswith("bias"):
+                if (
+                    parameter.ndim == 3
+                    and min(parameter.shape[1:]) > 1
+                    and name not in NO_PRODUCTS
+                    and not name.endswith("bias")
+                ):
                     transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED)
                     prefix = f"{path}." if path else ""
                     matrices += [Matrix(f"{prefix}{e}.{name}", module, name, e, transposed) for e in range(len(parameter))]

@@ -74,7 +74,7 @@ def prune(
         finished: called with every block, while it is resident, when its weights are final.
 
     Raises:
-        ValueError: an N:M pattern that does not divide a linear, or non-finite scores.
+        ValueError: an N:M pattern that does not divide a linear, or one whose scores, or solved weights, are not finite.
     """
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
     rule = METHODS[method]
@@ -179,7 +179,7 @@ def _any(norm: torch.Tensor) -> bool:
 def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """A block's (zeros, weights) per linear, and the names of those that are not sound: one wait for the device."""
     nonzero = [torch.count_nonzero(linear.weight) for linear in linears.values()]
-    numbers = torch.stack([*nonzero, *sound.values()]).tolist()
+    numbers = torch.stack([*nonzero, *sound.values()]).tolist() if nonzero else []
     zeros = {
         name: (linear.weight.numel() - count, linear.weight.numel())
         for (name, linear), count in zip(linears.items(), numbers, strict=False)
@@ -189,4 +189,7 @@ def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[d
 
 _IDLE = "do not take part in the forward pass or in the loss, they stay dense"
 _SCORE_REMEDY = "scores contain NaN or infinity: check the weights and gradient norms, or use --dtype bfloat16 or float32"
-_SOLVER_REMEDY = "the Hessian of the inputs is not positive definite: are the activations finite? Try more --nsamples"
+_SOLVER_REMEDY = (
+    "the Hessian of the inputs is not positive definite, or a weight not finite: check the weights, use more --nsamples, "
+    "or --dtype bfloat16 or float32"
+)

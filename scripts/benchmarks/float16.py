@@ -14,7 +14,8 @@ import torch
 from speed import naive_gradients
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lib import data
+from lib.data.sources import documents
+from lib.data.windows import calibration_windows
 from lib.gradients.walk import SCALE, gradient_norms
 from lib.models import loading
 from lib.pruning.masks import Sparsity
@@ -46,8 +47,8 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--seq_length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
     args = parser.parse_args()
-    docs, tokenizer = data.documents(args.dataset), loading.load_tokenizer(args.model)
-    windows = data.calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, seed=0)
+    docs, tokenizer = documents(args.dataset), loading.load_tokenizer(args.model)
+    windows = calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, seed=0)
 
     def pruned(norms, method: str) -> list[torch.Tensor]:
         decoder = loading.load(args.model, dtype="float32")

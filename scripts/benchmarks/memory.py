@@ -17,10 +17,11 @@ NAIVE = """
 import sys, torch
 sys.path[:0] = ["scripts/benchmarks", "."]
 from speed import naive_gradients
-from lib import data
+from lib.data.sources import documents
+from lib.data.windows import calibration_windows
 from lib.models import loading
 name, dataset, n, length = sys.argv[1:]
-windows = data.calibration_windows(data.documents(dataset), loading.load_tokenizer(name), int(n), int(length), 0)
+windows = calibration_windows(documents(dataset), loading.load_tokenizer(name), int(n), int(length), 0)
 decoder = loading.load(name, dtype="float32", device="cpu")
 linears = {f"{i}.{key}": linear for i in range(len(decoder)) for key, linear in decoder.linears(i).items()}
 naive_gradients(decoder.model, linears, windows)

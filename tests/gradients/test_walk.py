@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from conftest import TINY, random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, TINY, random_windows, tiny_decoder, tiny_model
 from torch import nn
 
+from lib.gradients import backward
 from lib.gradients import sums as sums_module
-from lib.gradients import walk
 from lib.gradients.sums import BlockSums
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
@@ -108,15 +108,15 @@ def test_float16_gradients_do_not_vanish():
 
 def test_float16_overflow_lowers_the_scale(monkeypatch):
     exact = ours(tiny_decoder("llama"), random_windows(2))
-    monkeypatch.setattr(walk, "LOSS_SCALE", 2.0**30)  # overflows in the tail
-    monkeypatch.setattr(walk, "BORDER_MAGNITUDE", 2.0**15)  # overflows inside the blocks
-    lower, lowered = walk._Walk._lower, []
+    monkeypatch.setattr(backward, "LOSS_SCALE", 2.0**30)  # overflows in the tail
+    monkeypatch.setattr(backward, "BORDER_MAGNITUDE", 2.0**15)  # overflows inside the blocks
+    lower, lowered = backward.Groups._lower, []
 
     def count(walk, loss_scale, sample, where):
         lowered.append(where)
         return lower(walk, loss_scale, sample, where)
 
-    monkeypatch.setattr(walk._Walk, "_lower", count)
+    monkeypatch.setattr(backward.Groups, "_lower", count)
     half = ours(tiny_decoder("llama", torch.float16), random_windows(2))
     assert {"the LM head", "block 1"} <= set(lowered)  # block 2 gets what left the head finite
     assert largest_difference(half, exact) < 0.02
@@ -128,9 +128,9 @@ def test_bfloat16_gradients_are_those_of_float32_to_its_precision():
 
 
 def test_a_linear_without_gradients_is_named_when_streamed(tmp_path):
-    model = tiny_model("llama")
+    model = tiny_model("llama").cpu()
     model.save_pretrained(tmp_path)
-    decoder = loading.load(str(tmp_path), dtype="float32", device="cpu", streamed=True)
+    decoder = loading.load(str(tmp_path), dtype="float32", device=DEVICE, streamed=True)
     decoder.blocks[1].mlp.forward = lambda hidden: hidden
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj got no gradient from any of the 2 samples"):
         ours(decoder, random_windows(2), keep_graph=False)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_windows, tiny_model
+from conftest import DEVICE, random_windows, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lib.evaluation.perplexity import perplexity
@@ -24,12 +24,12 @@ FAMILIES = ["llama", "llama-gqa-tied", "qwen2", "gemma2", "phi3", "opt"]
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
-        tiny_model(family).save_pretrained(folder / family, max_shard_size="20KB")
+        tiny_model(family).cpu().save_pretrained(folder / family, max_shard_size="20KB")
     return folder
 
 
 def both(saved, family, dtype="float32"):
-    return (loading.load(str(saved / family), dtype=dtype, device="cpu", streamed=streamed) for streamed in (False, True))
+    return (loading.load(str(saved / family), dtype=dtype, device=DEVICE, streamed=streamed) for streamed in (False, True))
 
 
 def on_disk(block) -> bool:
@@ -96,7 +96,7 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
         model.model.layers[1].self_attn.q_proj.bias[:2] = torch.tensor([1e-9, -0.0])
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e-9  # not pruned: excluded
     model.save_pretrained(tmp_path / "dense")
-    decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device="cpu")
+    decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device=DEVICE)
     targets = select(decoder, Sparsity.parse("2:4"), exclude=["*.up_proj"])
     written = store.Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder))
     prune(
@@ -114,7 +114,7 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
 
 def test_weights_that_are_not_tied_although_the_config_says_so(tmp_path):
     """transformers believes the weights."""
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_model("llama").cpu().save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     found = []
@@ -131,17 +131,17 @@ def test_incomplete_and_damaged_checkpoints_are_named(saved, tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=rf"{shard.name} is not a whole safetensors file"):
-        loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
+        loading.load(str(tmp_path / "model"), device=DEVICE, streamed=True)
     assert store.foreign_weights(tmp_path / "model")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=rf"is incomplete, {shard.name} of its index"):
-        loading.load(str(tmp_path / "model"), device="cpu", streamed=True)
+        loading.load(str(tmp_path / "model"), device=DEVICE, streamed=True)
 
 
 def test_a_stale_index_beside_a_whole_file_is_ignored(saved, tmp_path):
     """As transformers does."""
     shutil.copy(saved / "llama" / "model.safetensors.index.json", tmp_path)
-    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_model("llama").cpu().save_pretrained(tmp_path)
     assert "model.layers.2.mlp.up_proj.weight" in checkpoint.Checkpoint(str(tmp_path))
 
 
@@ -161,10 +161,10 @@ def test_what_cannot_be_streamed_says_why(saved, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((saved / "llama" / "config.json").read_text())
     with pytest.raises(ValueError, match=r"no tensor that makes model\.embed_tokens\.weight"):
-        loading.load(str(tmp_path), device="cpu", streamed=True)
+        loading.load(str(tmp_path), device=DEVICE, streamed=True)
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither safetensors nor PyTorch weights"):
-        loading.load(str(tmp_path), device="cpu", streamed=True)
+        loading.load(str(tmp_path), device=DEVICE, streamed=True)
     index = json.loads((saved / "llama" / "model.safetensors.index.json").read_text())
     for file in set(index["weight_map"].values()):
         (tmp_path / file).symlink_to(saved / "llama" / file)
@@ -172,7 +172,7 @@ def test_what_cannot_be_streamed_says_why(saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"no tensor that makes model\.layers\.3\."):
-        loading.load(str(tmp_path), device="cpu", streamed=True)
+        loading.load(str(tmp_path), device=DEVICE, streamed=True)
 
 
 @pytest.mark.parametrize("free, expected", [(10**9, False), (10**5, True)])

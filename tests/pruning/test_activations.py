@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib.models.weights import matrices_of
 from lib.pruning.activations import ActivationNorm, observe
 
 
@@ -31,7 +32,7 @@ class Pair(nn.Module):
 
 def test_linears_with_the_same_input_share_a_statistic():
     pair, samples = Pair(), torch.randn(3, 1, 5, 4)
-    linears = dict(pair.named_children())
+    linears = matrices_of(pair)
     with observe(linears, ActivationNorm) as seen:
         for x in samples:
             pair(x)
@@ -44,6 +45,6 @@ def test_linears_with_the_same_input_share_a_statistic():
 
 def test_hooks_are_removed_after_an_error():
     pair = Pair()
-    with pytest.raises(RuntimeError), observe(dict(pair.named_children()), ActivationNorm):
+    with pytest.raises(RuntimeError), observe(matrices_of(pair), ActivationNorm):
         pair(torch.randn(1, 5, 7))
     assert not any(module._forward_pre_hooks for module in pair.modules())

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import TINY, random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, TINY, random_windows, tiny_decoder, tiny_model
 from test_sparsegpt import naive_solve
 from torch import nn
 
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, mask_of, prune, share_of_zeros
+from lib.pruning.prune import METHODS, prune, share_of_zeros
 from lib.pruning.selection import select
 
 N = 4
@@ -24,7 +24,7 @@ def naive_prune(model, path, windows, method, pattern, ratio, alpha=1.0, inverse
     blocks = model.get_submodule(path)
     for i, block in enumerate(blocks[:count]):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        squares = {name: torch.zeros(linear.in_features) for name, linear in linears.items()}
+        squares = {name: torch.zeros(linear.in_features, device=DEVICE) for name, linear in linears.items()}
 
         def hook(name, squares=squares):
             def record(module, args):
@@ -32,14 +32,14 @@ def naive_prune(model, path, windows, method, pattern, ratio, alpha=1.0, inverse
 
             return record
 
-        handles = [linear.module.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+        handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
         for window in windows:
             model(input_ids=window[None], use_cache=False)
         for handle in handles:
             handle.remove()
-        norms = gradient_of(Decoder(model, torch.device("cpu")), i)
+        norms = gradient_of(Decoder(model, DEVICE), i)
         for name, linear in linears.items():
-            w, g, x = linear.weight, norms[name].float(), (squares[name] / N).sqrt()
+            w, g, x = linear.weight, norms[name].to(DEVICE).float(), (squares[name] / N).sqrt()
             score = {
                 "magnitude": w.abs(),
                 "wanda": w.abs() * x,
@@ -178,14 +178,26 @@ def test_errors_come_before_any_pruning():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
-    "pattern, group, variant",
-    [("unstructured", "row", False), ("unstructured", "matrix", False), ("unstructured", "row", True), ("2:4", "row", False)],
-)
-def test_scores_that_are_not_finite_are_an_error(value, pattern, group, variant):
-    score = torch.rand(4, 8)
-    score[2, 5] = value
-    with pytest.raises(ValueError, match=r"NaN or infinity.*--dtype"):
-        mask_of(score, Sparsity.parse(pattern, 0.5), group, variant)
+    "method, pattern, variant",
+    [("magnitude", "unstructured", False), ("wanda", "unstructured", False), ("wanda", "unstructured", True), ("wanda", "2:4", False)],
+)  # fmt: skip
+def test_a_linear_whose_scores_are_not_finite_is_named(value, method, pattern, variant):
+    decoder, finished = tiny_decoder(), []
+    with torch.no_grad():
+        decoder.blocks[1].mlp.up_proj.weight[2, 5] = value
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: scores contain NaN or infinity.*--dtype"):
+        prune(
+            decoder, random_windows(N), method=method, sparsity=Sparsity.parse(pattern, 0.5), use_variant=variant,
+            finished=lambda i, block: finished.append(i),
+        )  # fmt: skip
+    assert finished == [0]  # nothing of the broken block is written anywhere
+
+
+def test_sparsegpt_names_a_linear_whose_inputs_are_not_finite():
+    decoder = tiny_decoder()
+    decoder.blocks[1].mlp.up_proj.register_forward_hook(lambda module, args, output: output * torch.inf)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: the Hessian .* not positive definite.*--nsamples"):
+        prune(decoder, random_windows(N), method="sparsegpt", sparsity=Sparsity.parse("2:4"))
 
 
 def test_ratio_zero_removes_nothing():

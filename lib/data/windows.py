@@ -1,0 +1,136 @@
+"""Documents to token windows: calibration windows (n, T), and the token stream perplexity is measured on.
+
+`bos`, where it is given, is the id that stands before every window, as some models need it (`--bos every`): a window is then
+BOS and T - 1 tokens of text. Otherwise BOS is where the tokenizer puts it, once before a document, as published.
+"""
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+
+from lib.data.files import Document
+from lib.data.tokens import Progress, TokenizedDocuments, encode, text_of
+
+logger = logging.getLogger(__name__)
+
+JOINED = {"wikitext2": " "}  # corpora whose rows are paragraphs, not documents: calibration text is their rows joined with this
+C4_EVALUATION_DOCUMENTS = 1100  # of the validation shard's 45 thousand, as published code evaluates it
+PATIENCE = 1000  # draws without a long enough document before the corpus is searched for one
+
+
+def calibration_windows(
+    docs: Sequence[Document],
+    tokenizer,
+    nsamples: int,
+    seq_length: int,
+    seed: int,
+    pack: bool = False,
+    *,
+    source: str = "",
+    bos: int | None = None,
+) -> torch.Tensor:
+    """Draw `nsamples` windows of `seq_length` tokens: (n, T) int64, the same for the same seed, tokenizer and documents.
+
+    As published: one `random.Random(seed)` draws a document until one has more than T tokens, then the window's start in
+    it. Of a source in JOINED, all text is one stream, and only starts are drawn. With `pack`, documents are drawn in random
+    order without repetition, joined with the EOS token and cut.
+
+    Raises:
+        ValueError: no document is longer than T tokens, or (packed, joined) all of them together are too short.
+    """
+    rng = random.Random(seed)
+    length = seq_length - (bos is not None)
+    if pack:
+        windows = _packed_windows(TokenizedDocuments(docs, tokenizer, bos), nsamples, length, rng)
+    elif source in JOINED:
+        stream = _joined(docs, tokenizer, JOINED[source], bos)
+        windows = _stream_windows(stream, nsamples, length, rng)
+    else:
+        windows = _document_windows(TokenizedDocuments(docs, tokenizer, bos), nsamples, length, rng)
+    return with_bos(torch.stack(windows).long(), bos)
+
+
+def evaluation_tokens(docs: Iterable[Document], tokenizer, source: str = "", bos: int | None = None) -> torch.Tensor:
+    """The documents joined with blank lines and tokenized once: (n_tokens,) int64."""
+    if source == "c4":
+        docs = islice(docs, C4_EVALUATION_DOCUMENTS)
+    return _joined(docs, tokenizer, "\n\n", bos).long()
+
+
+def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Windows (n, T - 1) with BOS before each of them, (n, T); as they are without `bos`."""
+    return windows if bos is None else torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def _joined(docs: Iterable[Document], tokenizer, separator: str, bos: int | None) -> torch.Tensor:
+    docs = list(docs)
+    text = separator.join(text_of(doc, tokenizer) for doc in docs)
+    written = bool(docs) and not isinstance(docs[0], str)  # by the chat template, special tokens included
+    return encode(tokenizer, text, special=bos is None and not written, without=bos)
+
+
+def _document_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
+    windows, drawn, misses, progress = [], set(), 0, Progress()
+    while len(windows) < nsamples:
+        index = rng.randint(0, len(docs) - 1)
+        tokens = docs[index]
+        if len(tokens) <= length:
+            misses += 1
+            progress("%d of %d windows; %d of the documents drawn were too short for one", len(windows), nsamples, misses)
+            if misses == PATIENCE:  # perhaps no document will ever do: settle it, without touching the generator
+                _require_long_document(docs, length)
+            continue
+        start = rng.randint(0, len(tokens) - length - 1)
+        windows.append(tokens[start : start + length])
+        drawn.add(index)
+    few = len(drawn) < nsamples / 2 and len(docs) > 1
+    logger.log(
+        logging.WARNING if few else logging.INFO,
+        "%d windows from %d documents%s", nsamples, len(drawn),
+        f" (of {len(docs)}): few are longer than {length} tokens, --pack joins the others" if few else "",
+    )  # fmt: skip
+    return windows
+
+
+def _require_long_document(docs: TokenizedDocuments, length: int) -> None:
+    longest, progress = 0, Progress()
+    for i in range(len(docs)):
+        longest = max(longest, len(docs[i]))
+        progress("none of the first %d of %d documents has more than %d tokens", i + 1, len(docs), length)
+        if longest > length:
+            return
+    shorter = f"use --seq_length {longest - 1} or less, or " if longest > 2 else ""
+    raise ValueError(
+        f"none of the {len(docs)} documents has more than {length} tokens (the longest has {longest}): "
+        f"{shorter}--pack to join documents"
+    )
+
+
+def _stream_windows(stream: torch.Tensor, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
+    if len(stream) <= length:
+        raise ValueError(
+            f"all of the text has {len(stream)} tokens, a window needs more than {length}: use a shorter --seq_length"
+        )
+    starts = [rng.randint(0, len(stream) - length - 1) for _ in range(nsamples)]
+    return [stream[start : start + length] for start in starts]
+
+
+def _packed_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
+    end = docs.tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("--pack joins documents with the EOS token, and this tokenizer has none: set one, or do not pack")
+    parts, total, progress = [], 0, Progress()
+    for index in rng.sample(range(len(docs)), len(docs)):
+        parts += [docs[index], torch.tensor([end], dtype=torch.int32)]
+        total += len(parts[-2]) + 1
+        progress("%d of %d windows packed", total // length, nsamples)
+        if total >= nsamples * length:
+            return list(torch.cat(parts)[: nsamples * length].split(length))
+    fewer = f"use fewer --nsamples (at most {total // length}), " if total >= length else "use "
+    raise ValueError(
+        f"all {len(docs)} documents packed hold {total} tokens, fewer than {nsamples} windows of {length}: "
+        f"{fewer}a shorter --seq_length or more text"
+    )
