@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lib.models.weights import kind_of
+
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
@@ -89,9 +91,13 @@ def _plot(path: Path, zeros: dict) -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(name for linears in zeros.values() for name in linears):  # blocks may differ in their linears
-        points = {i: 100 * zero / total for i, linears in zeros.items() if name in linears for zero, total in [linears[name]]}
-        axes.plot(list(points), list(points.values()), label=name)
+    kinds: dict[str, dict[int, list[tuple[int, int]]]] = {}  # experts are of one; blocks may differ in their linears
+    for i, linears in zeros.items():
+        for name, counts in linears.items():
+            kinds.setdefault(kind_of(name), {}).setdefault(i, []).append(counts)
+    for kind, blocks in kinds.items():
+        shares = [100 * sum(zero for zero, _ in counts) / sum(total for _, total in counts) for counts in blocks.values()]
+        axes.plot(list(blocks), shares, label=kind)
     axes.set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)

@@ -71,14 +71,20 @@ LAYERS = {  # kinds of blocks that neither four blocks nor the defaults have, th
     "zamba": (LINEAR, "hybrid"),
     "zamba2": (LINEAR, "hybrid"),
 }
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+ROTARY_3D = (  # rotary embeddings with a section each for time, height and width
+    "cosmos3_edge_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text",
+)  # fmt: skip
 OWN: dict[str, dict] = {
+    **{kind: {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}} for kind in ROTARY_3D},
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"hidden_size_global": 32},
     "blt_local_encoder": {"hidden_size_global": 32},
     "blt_local_decoder": {"hidden_size_global": 32},
     "cohere_compass_text": {
         "layer_types": [LOCAL, FULL] * 2,
-        "rope_parameters": {FULL: None, LOCAL: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        "rope_parameters": {FULL: None, LOCAL: {**ROPE, "mrope_section": [2, 1, 1]}},
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 4], "adapter_in_dim": 32, "adapter_out_dim": 32},

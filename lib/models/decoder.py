@@ -97,13 +97,12 @@ class Decoder:
             where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
         values = []
         for matrix, (row, column) in zip(matrices.values(), where, strict=True):
-            weight = matrix.stored.detach()
+            weight = matrix.weight.detach()
             if self.source is not None:
                 if matrix.tensor_name not in read:  # a stack once for all its matrices
                     read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
-                weight = read[matrix.tensor_name]
-                weight = weight if matrix.index is None else weight[matrix.index]
-            values.append(matrix.oriented(weight)[row, column].float())
+                weight = matrix.of(read[matrix.tensor_name])
+            values.append(weight[row, column].float())
         return dict(zip(matrices, torch.stack(values).cpu(), strict=True)) if values else {}
 
     @contextmanager

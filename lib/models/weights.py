@@ -59,6 +59,10 @@ class Matrix:
         owner = self.name.rpartition(".")[0] if self.parameter != "weight" or self.index is not None else self.name
         return f"{owner.removesuffix(f'.{self.index}')}.{self.parameter}" if owner else self.parameter
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This matrix, (out, in), in a tensor of the shape of the parameter that holds it; shares its memory."""
+        return self.oriented(whole if self.index is None else whole[self.index])
+
     def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the stored shape, such as a gradient, as (out, in)."""
         return tensor.mT if self.transposed else tensor

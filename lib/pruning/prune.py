@@ -1,6 +1,7 @@
 """The table of methods and the one loop over blocks: a dense model and calibration windows in, a pruned model out."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -145,15 +146,22 @@ def _observe(
     with observe(linears, statistic) as observed:
         for state in states:
             decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
-    for name, linear in linears.items():
+    first = {}
+    own = {name: (first.setdefault(id(seen), name), seen.tokens) for name, seen in observed.items()}
+    everywhere = parallel.gather(
+        own
+    )  # an expert may have inputs in other processes only, and linears share there what they see
+    owners = {name: owner for of_rank in everywhere for name, (owner, _) in of_rank.items()}
+    for name in [*owners.values(), *linears]:
         if name not in observed:
-            observed[name] = statistic(linear.in_features, decoder.device)  # in another process it may have inputs
-    shared = {id(observed[name]): observed[name] for name in linears}.values()  # in the same order in every process
-    for seen in shared:
-        parallel.add_up(seen.total)
-    tokens = parallel.add_up(torch.tensor([seen.tokens for seen in shared]))
-    reached = {id(seen): count for seen, count in zip(shared, tokens.tolist(), strict=True)}
-    return {name: observed[name].result(nsamples) if reached[id(observed[name])] else None for name in linears}
+            owner = owners.get(name, name)
+            observed[name] = observed[owner] if owner in observed else statistic(linears[name].in_features, decoder.device)
+    for name in dict.fromkeys(owners[name] for name in linears if name in owners):  # in the same order in every process
+        parallel.add_up(observed[name].total)
+    tokens = Counter()
+    for of_rank in everywhere:
+        tokens.update({name: count for name, (_, count) in of_rank.items()})
+    return {name: observed[name].result(nsamples) if tokens[name] else None for name in linears}
 
 
 def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> tuple[set[str], set[str]]:
