@@ -281,6 +281,11 @@ def prepare(args: argparse.Namespace) -> Run:
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
         sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
     )  # fmt: skip
+    if dense := decoder.dense():
+        shown = ", ".join(f"{name} {share:.1%}" for name, share in dense.items())
+        logger.info(
+            "no matrix products, or routers: %.1f %% of the blocks' weights stay dense: %s", 100 * sum(dense.values()), shown
+        )
     phases = report.Phases(decoder.device)
     if gradients:
         with phases("check gradients"):
@@ -409,6 +414,10 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None, sta
             "sparsity_asked": run.asked,
             "sparsity_by_block": report.by_linear(zeros),
             "errors_by_block": report.errors_by_linear(run.errors),
+            "dense": decoder.dense(),
+            "took_no_part": [
+                f"{decoder.prefixes[i]}{name}" for i, names in run.targets.items() for name in names if not zeros[i][name][0]
+            ],
             "phases": run.phases.record,
         }
         report.write(args.save, results, zeros, run.errors)

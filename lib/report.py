@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lib.files import replace_file
+from lib.models.weights import kind_of
 
 try:
     import resource
@@ -139,8 +140,17 @@ def errors_by_linear(errors: dict) -> dict[str, dict]:
 def _plot(path: Path, zeros: dict, errors: dict) -> None:
     from matplotlib.figure import Figure  # not pyplot: it keeps every figure of the process alive
 
-    shares = {i: {name: 100 * zero / total for name, (zero, total) in linears.items()} for i, linears in zeros.items()}
-    left = {i: {name or "output": 100 * after for name, (_, after) in found.items()} for i, found in errors.items()}
+    shares: dict[int, dict[str, float]] = {}
+    for i, linears in zeros.items():
+        counts: dict[str, list[int]] = {}  # experts are of one kind
+        for name, (zero, total) in linears.items():
+            counts[kind_of(name)] = [a + b for a, b in zip(counts.get(kind_of(name), (0, 0)), (zero, total), strict=True)]
+        shares[i] = {kind: 100 * zero / total for kind, (zero, total) in counts.items()}
+    left: dict[int, dict[str, float]] = {}
+    for i, found in errors.items():
+        for name, (_, after) in found.items():
+            kind = kind_of(name) or "output"
+            left.setdefault(i, {})[kind] = max(left.get(i, {}).get(kind, 0), 100 * after)
     figure = Figure(figsize=(8, 8 if left else 4), layout="constrained")
     axes = figure.subplots(2 if left else 1, squeeze=False)[:, 0]
     _lines(axes[0], shares)

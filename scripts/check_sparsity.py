@@ -9,6 +9,7 @@ checkpoints say so: of them, --against compares what was not pruned.
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import cli
 from lib.models import fetch, loading
 from lib.models.decoder import Decoder
+from lib.models.weights import kind_of
 from lib.pruning.masks import Sparsity
 from lib.pruning.selection import Targets, select
 
@@ -73,22 +75,26 @@ def changes(tensor: torch.Tensor, dense: torch.Tensor, may_be_zero: bool) -> str
 
 def report(decoder: Decoder, pattern: Sparsity | None, targets: Targets) -> list[str]:
     """Print the sparsity of every linear of a checkpoint; returns what breaks the pattern in the linears of `targets`."""
-    broken, zeros, total = [], 0, 0
+    broken, zeros, total = [], Counter(), Counter()
     header: list[str] = []
     for i in range(len(decoder)):
-        shares = []
-        if list(decoder.linears(i)) != header:  # once, unless blocks differ in their linears
-            header = list(decoder.linears(i))
-            print("block", *header)
-        for name in decoder.linears(i):
-            full = f"{decoder.prefixes[i]}{name}"
-            weight = decoder.source[f"{full}.weight"]
-            found = count_zeros(weight)
-            shares.append(f"{found / weight.numel():.4f}".ljust(len(name)))
-            zeros, total = zeros + found, total + weight.numel()
+        read: dict[str, torch.Tensor] = {}
+        found, size = Counter(), Counter()  # of the matrices of one kind: those of all experts are one
+        for name, matrix in decoder.linears(i).items():
+            if matrix.tensor_name not in read:
+                read = {matrix.tensor_name: decoder.source[decoder.prefixes[i] + matrix.tensor_name]}
+            weight = matrix.of(read[matrix.tensor_name])
+            found[kind_of(name)] += count_zeros(weight)
+            size[kind_of(name)] += weight.numel()
             if pattern and name in targets.get(i, {}) and (problem := violations(weight, pattern.n, pattern.m)):
-                broken.append(f"{full}: {problem}")
-        print(f"{i:<5}", *shares, flush=True)
+                broken.append(f"{decoder.prefixes[i]}{name}: {problem}")
+        if list(size) != header:  # once, unless blocks differ in their linears
+            header = list(size)
+            print("block", *header)
+        print(f"{i:<5}", *(f"{found[kind] / size[kind]:.4f}".ljust(len(kind)) for kind in header), flush=True)
+        zeros.update(found)
+        total.update(size)
+    zeros, total = zeros.total(), total.total()
     print(f"sparsity {zeros / total:.4f} over {total} weights of the blocks' linears")
     return broken
 

@@ -131,6 +131,9 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()  # a wrapper's own is 0
+
     def numpy(self, *, force: bool = False):
         raise TypeError("can't convert a standin:0 device type tensor to numpy, use Tensor.cpu() first")
 

@@ -367,7 +367,7 @@ def test_commands_can_be_run(where, words, tmp_path, monkeypatch):
 
 def test_every_script_and_launcher_has_a_command():
     written = {word for _, words in COMMANDS for word in words}
-    for script in [*SCRIPTS, *LAUNCHERS]:
+    for script in [*(script for script in SCRIPTS if "__main__" in script.read_text()), *LAUNCHERS]:
         assert name_of(script) in written or name_of(script) in (ROOT / "run_gblm_prune.sh").read_text(), script
 
 

@@ -17,7 +17,7 @@ from lib.gradients.sums import BlockSums
 from lib.models import carried
 from lib.models.carried import Carried, Place
 from lib.models.decoder import Decoder, State
-from lib.models.weights import Matrix, products
+from lib.models.weights import Matrix, idle, kind_of, products
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ LOSS_SCALE = 2.0**16
 BORDER_MAGNITUDE = 16.0  # the largest entry of an upstream gradient after readjusting: far from overflow and underflow
 OVERFLOW_STEP = 2.0**4
 LOSS_SCALE_MIN = 2.0**-24
+SHOWN = 5  # names in a log line
 
 
 class _Checks:
@@ -185,27 +186,25 @@ class Groups:
         return loss_scale / OVERFLOW_STEP
 
     def report_missing(self, nsamples: int) -> dict[str, int]:
-        """{linear: samples of all processes that gave it no gradient}; ValueError if that is all of them."""
+        """{matrix: samples of all processes that gave it no gradient}."""
         nsamples = sum(parallel.gather(nsamples))
         missing = sum(map(Counter, parallel.gather(self.missing)), Counter())
-        experts = {
-            f"{self.decoder.prefixes[i]}{name}"
-            for i in range(len(self.decoder))
-            for name, m in matrices_of(self.decoder, i).items()
-            if m.index is not None
-        }
-        for name, count in missing.items():
-            if name in experts:  # routed elsewhere
-                continue
-            if count == nsamples:
-                raise ValueError(
-                    f"{name} got no gradient from any of the {nsamples} samples: it does not take part in the loss"
-                )
-            logger.warning("%s got no gradient from %d of %d samples", name, count, nsamples)
-        if never := [name for name in experts if missing[name] == nsamples]:
+        experts, rest = [], []
+        for i, prefix in enumerate(self.decoder.prefixes):
+            names = matrices_of(self.decoder, i)
+            without, idle_ones = idle(names, [name for name in names if missing[prefix + name] < nsamples])
+            experts += [prefix + name for name in without]
+            rest += [prefix + name for name in idle_ones]
+            for name in names:
+                if kind_of(name) == name and 0 < missing[prefix + name] < nsamples:
+                    logger.warning("%s got no gradient from %d of %d samples", prefix + name, missing[prefix + name], nsamples)
+        if experts:
+            logger.warning("%d matrices of experts had no tokens of any sample, such as %s", len(experts), experts[0])
+        if rest:
             logger.warning(
-                "%d of %d matrices of experts had no tokens of any sample: %s and so on", len(never), len(experts), min(never)
-            )
+                "%d matrices got no gradient from any sample, they stay dense where a method needs gradients: %s",
+                len(rest), ", ".join(rest[:SHOWN]) + (" ..." if len(rest) > SHOWN else ""),
+            )  # fmt: skip
         return dict(missing)
 
 

@@ -7,24 +7,28 @@ soft-capping and tied heads are the model's own and no family is a special case.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from torch.func import functional_call
-from transformers.cache_utils import Cache
 
 from lib.models.carried import Carried, split
+from lib.models.chain import Chain, calls, find_blocks, learn, replaced
 from lib.models.host import mapped, trim_heap
-from lib.models.weights import Matrix, matrices_of
+from lib.models.weights import Matrix, kind_of, matrices_of
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
 TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
+HANDED = "returned by earlier blocks"  # among a block's arguments: what of that it takes, by (block, position)
+PROBE_TOKENS = 11  # of the text that a model has to run alike as a whole and block by block
+PROBE_TOLERANCE = {torch.float32: 1e-3}  # of its loss, relative; in 16 bits:
+PROBE_TOLERANCE_16 = 0.03
 FINGERPRINT_VALUES = 16  # weights of each matrix that identify it
 MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
 
@@ -39,10 +43,6 @@ class State:
     mapped: bool = False  # `hidden` is a slot of a file, to be written in place
 
 
-class _Recorded(Exception):
-    """Leaves the model's forward once the last block's arguments are known."""
-
-
 class Decoder:
     """A causal LM as head - blocks - tail, in memory or (`source` given) with its blocks read from disk as needed.
 
@@ -52,53 +52,60 @@ class Decoder:
         source: {tensor name: tensor}; the blocks' own tensors are then on the meta device.
 
     Raises:
-        ValueError: no list of decoder blocks, quantised weights, or less than half of the blocks' weights can be pruned.
+        ValueError: no list of decoder blocks, quantised weights, less than half of the blocks' weights can be pruned, or
+            the blocks cannot be run one by one.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, source: Mapping[str, torch.Tensor] | None = None):
         self.model = model.eval().requires_grad_(False)
         self.device = device
         self.source = source
-        path, self.blocks = _find_blocks(model)
+        path, self.blocks = find_blocks(model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
-        self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
-        self._returns_tuple = False  # of a block; learnt when one runs
+        self._kwargs: list[dict | None] = []  # of the sample before, shared by samples that have equal ones
+        self.chain: Chain | None = None  # learnt from the first tokens
+        self._time = 1  # the dimension of hidden states that is T
+        self._several = self._used_several_times()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # one product per expert: `weights.products` sees each
-        self._require_prunable(path)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+            if getattr(config, "output_router_logits", False):
+                config.output_router_logits = False  # the loss is the cross-entropy, without what balances experts in training
+        self.share = self._require_prunable(path)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            self.require_runs_alone()
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def linears(self, i: int) -> dict[str, Matrix]:
         """{path inside the block: matrix} of all that is pruned in block `i` unless flags say otherwise."""
-        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if not matrix.router}
+        return {name: matrix for name, matrix in self._matrices(i).items() if not matrix.router}
 
     def routers(self, i: int) -> dict[str, Matrix]:
         """Those that send tokens to experts: dense unless a flag names them."""
-        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if matrix.router}
+        return {name: matrix for name, matrix in self._matrices(i).items() if matrix.router}
 
     def shapes(self, i: int) -> dict[str, torch.Size]:
         """{matrix: (out, in)} of block `i`, routers included."""
-        return {name: matrix.shape for name, matrix in matrices_of(self.blocks[i]).items()}
+        return {name: matrix.shape for name, matrix in self._matrices(i).items()}
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
-        matrices = matrices_of(self.blocks[i])
+        matrices = self._matrices(i)
         where = [_evenly(matrix.shape) for matrix in matrices.values()]
         read: dict[str, torch.Tensor] = {}
         if self.source is None:
             where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
         values = []
         for matrix, (row, column) in zip(matrices.values(), where, strict=True):
-            weight = matrix.stored.detach()
+            weight = matrix.weight.detach()
             if self.source is not None:
                 if matrix.tensor_name not in read:  # a stack once for all its matrices
                     read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
-                weight = read[matrix.tensor_name]
-                weight = weight if matrix.index is None else weight[matrix.index]
-            values.append(matrix.oriented(weight)[row, column].float())
-        return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
+                weight = matrix.of(read[matrix.tensor_name])
+            values.append(weight[row, column].float())
+        return dict(zip(matrices, torch.stack(values).cpu(), strict=True)) if values else {}
 
     def checksum(self) -> str:
         """SHA-256 of the fingerprint of all blocks: which weights these are."""
@@ -119,7 +126,10 @@ class Decoder:
         try:
             for name in names:
                 # From a mapped file, whose pages the driver has taken when the call returns: nobody need wait for the copy.
-                value = self.source[self.prefixes[i] + name].to(self.device, self.model.dtype, non_blocking=True, copy=True)
+                key = self.prefixes[i] + name
+                value = self.source[self.model.all_tied_weights_keys.get(key, key)].to(
+                    self.device, self.model.dtype, non_blocking=True, copy=True
+                )
                 set_module_tensor_to_device(block, name, self.device, value=value, clear_cache=False)
             yield block
         finally:
@@ -130,38 +140,26 @@ class Decoder:
     @torch.no_grad()
     def enter(self, tokens: torch.Tensor) -> State:
         """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""
-        calls: list[tuple[torch.Tensor, dict]] = []
-
-        def recorder(block: nn.Module):
-            parameters = signature(type(block).forward).parameters.values()
-            names = [parameter.name for parameter in parameters][1:]  # without self
-
-            def record(*args, **kwargs):
-                bound = dict(zip(names, args, strict=False)) | kwargs
-                hidden = bound.pop(names[0])
-                # A live cache would collect keys across samples.
-                calls.append((hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}))
-                if len(calls) == len(self.blocks):
-                    raise _Recorded
-                return calls[0][0]  # not `hidden`: a model that unpacks a tuple would hand on less of it from block to block
-
-            return record
-
-        with self._blocks_replaced([recorder(block) for block in self.blocks]):
-            try:
-                self.model(input_ids=tokens.to(self.device), use_cache=False)
-            except _Recorded:
-                pass
-        kwargs, carried = split([call for _, call in calls])
+        if self.chain is None:
+            self.chain = learn(self.model, self.blocks, self._probe())
+        found = calls(self.model, self.blocks, tokens.to(self.device), self.chain)
+        kwargs, carried = split([found[i][1] if i in found else {} for i in range(len(self))])
         if not _equal(kwargs, self._kwargs):
             self._kwargs = kwargs
         kwargs = self._kwargs
+        if self.chain.takes:
+            carried[HANDED] = {}
         if carried:
             kwargs = [
-                own | {name: carried[name] for name in call if name in carried}
-                for own, (_, call) in zip(kwargs, calls, strict=True)
+                own | {name: carried[name] for name in carried if name == HANDED or name in found.get(i, (None, ()))[1]}
+                for i, own in enumerate(kwargs)
             ]
-        return State(calls[0][0], kwargs, carried)
+        return State(found[min(found)][0], kwargs, carried)
+
+    def _probe(self) -> torch.Tensor:
+        """A few tokens, (1, PROBE_TOKENS)."""
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        return (torch.arange(3, 3 + PROBE_TOKENS, device=self.device) % vocabulary)[None]
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
         """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
@@ -180,10 +178,16 @@ class Decoder:
         self, i: int, hidden: torch.Tensor, kwargs: dict, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Block `i`, which must be resident: (B, T, H) to (B, T, H); `weights`, by their names inside it, instead of its own."""
-        block = self.blocks[i]
+        if i not in self.chain.run:
+            return hidden
+        handed = kwargs.get(HANDED, {})
+        taken = {name: handed[place] for name, place in self.chain.takes.get(i, {}).items() if place in handed}
+        block, kwargs = self.blocks[i], {name: value for name, value in kwargs.items() if name != HANDED} | taken
         output = functional_call(block, weights, (hidden,), kwargs) if weights else block(hidden, **kwargs)
-        self._returns_tuple = isinstance(output, tuple)
-        return output[0] if self._returns_tuple else output
+        if not isinstance(output, tuple | list):
+            return output
+        handed |= {(i, position): output[position] for _, position in self.chain.given(i) if output[position] is not None}
+        return output[0]
 
     @torch.no_grad()
     def advance(self, i: int, states: list[State]) -> None:
@@ -192,76 +196,124 @@ class Decoder:
             output = self.run(i, state.hidden.to(self.device), state.kwargs[i])
             state.hidden = state.hidden.copy_(output) if state.mapped else output
 
-    def tail(self, hidden: torch.Tensor, tokens: torch.Tensor, loss_scale: float | None = None):
+    def tail(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, loss_scale: float | None = None, positions: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The model's own mean cross-entropy of `tokens` (B, T) given the last block's output `hidden` (B, T, H).
 
         Returns (loss, None), or with a `loss_scale` (loss, d(loss * loss_scale) / d hidden). The logits of only
-        TAIL_POSITIONS positions exist at a time: norm, head and loss treat every position alone.
+        `positions` (default: TAIL_POSITIONS) exist at a time: norm, head and loss treat every position alone.
         """
         targets = tokens.shape[1] - 1
         tokens = tokens.to(self.device)
         total = torch.zeros((), device=self.device)
         gradient = None if loss_scale is None else torch.zeros_like(hidden)
-        positions = TAIL_POSITIONS["cpu" if self.device.type == "cpu" else "gpu"]
+        positions = positions or TAIL_POSITIONS["cpu" if self.device.type == "cpu" else "gpu"]
         for start in range(0, targets, positions):
             stop = min(start + positions, targets)
             span = slice(start, stop + 1)  # the last position of a span is only a target, and the first of the next
-            part = hidden[:, span].detach()
-            output = (part,) if self._returns_tuple else part
+            part = hidden.narrow(self._time, start, stop + 1 - start).detach()
+            output = self.chain.output(part)
             with (
                 torch.set_grad_enabled(gradient is not None),
-                self._blocks_replaced([lambda *args, output=output, **kwargs: output] * len(self.blocks)),
+                replaced(self.blocks, [lambda *args, output=output, **kwargs: output] * len(self)),
             ):
                 part.requires_grad_(gradient is not None)
                 loss = self.model(input_ids=tokens[:, span], labels=tokens[:, span], use_cache=False).loss
                 loss = loss * ((stop - start) / targets)
                 if gradient is not None:
-                    gradient[:, span] += torch.autograd.grad(loss * loss_scale, part)[0]
+                    gradient.narrow(self._time, start, stop + 1 - start).add_(torch.autograd.grad(loss * loss_scale, part)[0])
             total += loss.detach()
         return total, gradient
 
-    def _require_prunable(self, path: str) -> None:
+    def _matrices(self, i: int) -> dict[str, Matrix]:
+        """What can be pruned in block `i`: not what other blocks use as well, they would need other masks."""
+        matrices = matrices_of(self.blocks[i])
+        return {name: m for name, m in matrices.items() if self.prefixes[i] + m.tensor_name not in self._several}
+
+    def _used_several_times(self) -> set[str]:
+        """Names in the model of parameters that several blocks share, or a block uses under several names."""
+        names: dict[int, list[str]] = {}
+        for prefix, block in zip(self.prefixes, self.blocks, strict=True):
+            for name, parameter in block.named_parameters(remove_duplicate=False):
+                names.setdefault(id(parameter), []).append(prefix + name)
+        tied = {name for pair in getattr(self.model, "all_tied_weights_keys", {}).items() for name in pair}
+        own = {name for group in names.values() for name in group}
+        return {name for group in names.values() if len(group) > 1 for name in group} | (tied & own)
+
+    def dense(self) -> dict[str, float]:
+        """{name, with "*" for numbers: share of the blocks' weights} of matrices and larger tensors that stay dense by their
+        nature, the largest first."""
+        shares: Counter[str] = Counter()
+        total = 0
+        for _, name, parameter, prunable in self._parameters():
+            total += parameter.numel()
+            if parameter.ndim > 1 and not prunable:
+                shares[kind_of(name)] += parameter.numel()
+        return {name: count / total for name, count in shares.most_common()}
+
+    def _parameters(self) -> Iterator[tuple[int, str, nn.Parameter, bool]]:
+        """(block, name inside it, parameter, whether it can be pruned) of all of them, those of several blocks once."""
+        shared: set[str] = set()
+        for i, block in enumerate(self.blocks):
+            own = {matrix.tensor_name for matrix in self.linears(i).values()}
+            for name, parameter in block.named_parameters():
+                if self.prefixes[i] + name in self._several:
+                    if kind_of(name) in shared:
+                        continue
+                    shared.add(kind_of(name))
+                yield i, name, parameter, name in own
+
+    def _require_prunable(self, path: str) -> float:
+        """The share of the blocks' weights that can be pruned; ValueError if that is less than half of them."""
         prunable = total = 0
         largest = ("", torch.empty(0))
-        for i, block in enumerate(self.blocks):
-            own = {id(getattr(matrix.module, matrix.parameter)) for matrix in self.linears(i).values()}
-            for name, parameter in block.named_parameters():
-                total += parameter.numel()
-                if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
-                    raise ValueError(
-                        f"{path}.{i}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
-                        "was made from"
-                    )
-                if id(parameter) in own:
-                    prunable += parameter.numel()
-                elif parameter.numel() > largest[1].numel():
-                    largest = (f"{path}.{i}.{name}", parameter)
+        for i, name, parameter, can_be in self._parameters():
+            total += parameter.numel()
+            if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
+                raise ValueError(
+                    f"{path}.{i}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
+                    "was made from"
+                )
+            if can_be:
+                prunable += parameter.numel()
+            elif parameter.numel() > largest[1].numel():
+                largest = (f"{path}.{i}.{name}", parameter)
         if prunable < MINIMUM_SHARE * total:
             raise ValueError(
                 f"only {prunable / total:.0%} of the weights in the blocks of {type(self.model).__name__} belong to matrix products "
                 f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
             )
+        return prunable / total
 
-    @contextmanager
-    def _blocks_replaced(self, forwards: list) -> Iterator[None]:
-        # On the instance, so that a model that asks a block for its attributes still finds them.
+    @torch.no_grad()
+    def require_runs_alone(self) -> None:
+        """Compare a few tokens' loss of the model's forward with that of its blocks run one by one; only head and tail are
+        tried of a model whose blocks are not in memory.
+
+        Raises:
+            ValueError: they differ, or the model cannot be run on text alone.
+        """
         try:
-            for block, forward in zip(self.blocks, forwards, strict=True):
-                block.forward = forward
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    if not count:
-        raise ValueError(f"{type(model).__name__} has {count} decoder blocks (num_hidden_layers): there is nothing to prune")
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return next(name for name, other in model.named_modules() if other is module), module
-    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks: this project prunes decoder-only models")
+            tokens = self._probe()
+            state = self.enter(tokens)
+            shape = tuple(state.hidden.shape)
+            if shape.count(PROBE_TOKENS) != 1:
+                raise ValueError(f"the first block is given hidden states of {shape} for {PROBE_TOKENS} tokens")
+            self._time = shape.index(PROBE_TOKENS)
+            for i in range(len(self) if self.source is None else 0):
+                self.advance(i, [state])
+            alone, _ = self.tail(state.hidden, tokens, positions=PROBE_TOKENS // 2)
+            if self.source is None:
+                whole = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                tolerance = PROBE_TOLERANCE.get(self.model.dtype, PROBE_TOLERANCE_16)
+                if abs(alone - whole) > tolerance * whole.abs().clamp(min=1):  # not if one of them is NaN: weights may be
+                    raise ValueError(f"their loss is {alone:.4f}, that of the whole model {whole:.4f}")
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the code of two hundred models raises all there is
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"the blocks of {type(self.model).__name__} cannot be run one by one on text: {said}") from error
 
 
 def _evenly(shape: torch.Size) -> torch.Tensor:

@@ -13,9 +13,11 @@ from accelerate.utils import set_module_tensor_to_device
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaTokenizer,
     PretrainedConfig,
@@ -32,6 +34,11 @@ from lib.models.host import return_large_memory
 logger = logging.getLogger(__name__)
 
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
+# How a checkpoint that was published in few bits is had in 16, by its quant_method.
+DENSE = {
+    "fp8": "dequantise it first (FineGrainedFP8Config(dequantize=True) of transformers, then save_pretrained)",
+    "mxfp4": "dequantise it first (Mxfp4Config(dequantize=True) of transformers, then save_pretrained)",
+}
 SAID = 200  # characters of another library's message that are passed on
 TABLE_OFFSET = 2  # rows before the first position in the tables of OPT and its like
 NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
@@ -63,7 +70,7 @@ def load(
     if not streamed:
         placed = {"device_map": {"": device}} if device.type != "cpu" else {}
         with reading(name, "its weights", "restore the files, or download them again"), _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = auto_class(config).from_pretrained(
                 name, dtype=run_dtype, cache_dir=cache_dir, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
                 output_loading_info=True, **placed,
             )  # fmt: skip
@@ -80,6 +87,7 @@ def load(
     for key, buffer in model.named_buffers():
         if buffer.device.type != "meta":
             set_module_tensor_to_device(model, key, device, value=buffer)
+    decoder.require_runs_alone()
     return decoder
 
 
@@ -102,10 +110,14 @@ def read_config(name: str, *, cache_dir: str | None = None, trust_remote_code: b
         )
     with reading(name, "its config.json", remedy):
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
+    if quantisation := getattr(config, "quantization_config", None):
+        method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else quantisation.quant_method
+        method = str(getattr(method, "value", method))
+        remedy = DENSE.get(method, "give the model it was made from")
+        raise ValueError(f"{name} is quantised ({method}): only dense weights can be pruned, {remedy}")
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    causal = any(type(config) in mapping for mapping in mappings) or "AutoModelForCausalLM" in code
     if getattr(config, "is_encoder_decoder", False) or encoder or not causal:
         raise ValueError(f"{name} is a {kind}, not a decoder that predicts the next token: only those can be pruned")
     return config
@@ -129,8 +141,14 @@ def outline(
         reading(name, "its config.json", "no model can be made of it, restore it or download the model again"),
         init_empty_weights(include_buffers=False),
     ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return Decoder(model, torch.device(device))
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What makes a model of a config: of a language model alone, or where transformers has none, in its multimodal wrapper."""
+    wrapped = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
 def on_disk(

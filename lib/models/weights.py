@@ -5,8 +5,7 @@ stored the other way round. What is no matrix product (convolutions, state-space
 to experts stays dense.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 # Stacks of these classes are (E, in, out), and nothing about the class says so (others have an `is_transposed`).
 TRANSPOSED = ("Llama4TextExperts", "RecurrentGemmaRglru")
-ROUTERS = ("router", "gate", "shared_expert_gate", "wg")  # names of linears that send tokens to experts
+NO_PRODUCTS = ("A_log",)  # parameters of three dimensions that nothing is multiplied with as a matrix
+BLOCK_DIAGONAL = ("DeepseekV4GroupedLinear",)  # linears of which every group of outputs has inputs of its own
+ROUTERS = ("router", "gate", "shared_expert_gate")  # names of modules beside experts that send tokens to them
 
 Seen = Callable[[str, torch.Tensor], None]  # (name of a matrix, its inputs (..., in))
 
@@ -58,6 +59,10 @@ class Matrix:
         owner = self.name.rpartition(".")[0] if self.parameter != "weight" or self.index is not None else self.name
         return f"{owner.removesuffix(f'.{self.index}')}.{self.parameter}" if owner else self.parameter
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This matrix, (out, in), in a tensor of the shape of the parameter that holds it; shares its memory."""
+        return self.oriented(whole if self.index is None else whole[self.index])
+
     def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the stored shape, such as a gradient, as (out, in)."""
         return tensor.mT if self.transposed else tensor
@@ -67,25 +72,22 @@ def matrices_of(block: nn.Module) -> dict[str, Matrix]:
     """{name: matrix} of all that can be pruned in a block, routers included, in the block's own order."""
     matrices = []
     for path, module in block.named_modules():
-        if _is_linear(module):
-            router = path.rpartition(".")[2] in ROUTERS and _has_experts(block, path)
-            matrices.append(Matrix(path, module, "weight", None, _is_conv1d(module), router))
+        if _is_linear(module) and type(module).__name__ not in BLOCK_DIAGONAL:
+            matrices.append(Matrix(path, module, "weight", None, _is_conv1d(module), _is_router(block, path)))
         elif not type(module).__module__.startswith("torch.nn"):
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and not name.endswith("bias"):
+                if (
+                    parameter.ndim == 3
+                    and min(parameter.shape[1:]) > 1
+                    and name not in NO_PRODUCTS
+                    and not name.endswith("bias")
+                ):
                     transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED)
                     prefix = f"{path}." if path else ""
                     matrices += [Matrix(f"{prefix}{e}.{name}", module, name, e, transposed) for e in range(len(parameter))]
                 elif parameter.ndim == 2 and name == "weight" and "Router" in type(module).__name__:
                     matrices.append(Matrix(path, module, name, router=True))
     return {matrix.name: matrix for matrix in matrices}
-
-
-def dense_tensors(block: nn.Module) -> dict[str, int]:
-    """{name: number of weights} of what stays dense in a block by its nature, the largest first; vectors are not counted."""
-    prunable = {id(getattr(matrix.module, matrix.parameter)) for matrix in matrices_of(block).values() if not matrix.router}
-    dense = Counter({n: p.numel() for n, p in block.named_parameters() if p.ndim > 1 and id(p) not in prunable})
-    return dict(dense.most_common())
 
 
 @contextmanager
@@ -98,17 +100,17 @@ def products(
         matrices: of one block.
         seen: is called with the name of the matrix and its inputs (..., in), for one of a stack those that were routed to it.
         leaves: is filled with {name: tensor of the stored shape} that autograd gives gradients for, of stacks for each
-            matrix that took part; linears have their own weights.
+            matrix that took part; other matrices have their own weights.
     """
-    handles, watched = [], {}
+    handles, watched = [], []
     for name, matrix in matrices.items():
         if matrix.index is None and leaves is not None:
             leaves[name] = matrix.stored
-        if _is_linear(matrix.module):
+        if _multiplies_itself(matrix.module):
             if seen is not None:
                 handles.append(matrix.module.register_forward_pre_hook(lambda module, args, name=name: seen(name, args[0])))
-        else:
-            watched.setdefault(id(getattr(matrix.module, matrix.parameter)), []).append(matrix)
+        elif matrix.index is not None or seen is not None:
+            watched.append(matrix)
     try:
         with _Watch(watched, seen, leaves) if watched else nullcontext():
             yield
@@ -118,87 +120,101 @@ def products(
 
 
 class _Watch(TorchFunctionMode):
-    """Gives one matrix of a stack a tensor of its own when a forward takes it out, and watches for its products.
+    """Watches for products with matrices, which are known by their memory, however a forward takes them out of modules.
 
-    Autograd then has gradients for the matrices that tokens were routed to, and none of the size of the stack.
+    A product with one of a stack is made with a tensor of its own instead: autograd then has gradients for the matrices that
+    tokens were routed to, and none of the size of the stack.
     """
 
-    def __init__(self, parameters: dict[int, list[Matrix]], seen: Seen | None, leaves: dict[str, torch.Tensor] | None):
+    def __init__(self, matrices: list[Matrix], seen: Seen | None, leaves: dict[str, torch.Tensor] | None):
         super().__init__()
-        self.stacks = {key: matrices for key, matrices in parameters.items() if matrices[0].index is not None}
-        self.single = {key: matrices[0] for key, matrices in parameters.items() if matrices[0].index is None}
+        self.matrices = {matrix.stored.data_ptr(): matrix for matrix in matrices}
+        self.stacks: dict[int, list[Matrix]] = {}
+        for matrix in matrices:
+            if matrix.index is not None:
+                self.stacks.setdefault(getattr(matrix.module, matrix.parameter).data_ptr(), []).append(matrix)
         self.seen = seen
         self.leaves = leaves
-        self.own: dict[str, torch.Tensor] = {}  # name of a matrix of a stack -> the tensor that stands for it
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _TAKING and id(args[0]) in self.stacks:
-            matrices = {matrix.index: matrix for matrix in self.stacks[id(args[0])]}
-            index = args[1]
-            if isinstance(index, int) or (isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype != torch.bool):
-                matrix = matrices.get(int(index))
-                if matrix is not None:
-                    return self._tensor_of(matrix)
-        elif func in _PRODUCTS:
-            inputs, weight, transposed = _PRODUCTS[func](*args, **kwargs)
-            if id(weight) in self.single:
-                _require_orientation(self.single[id(weight)], transposed)
-                if self.seen is not None:
-                    self.seen(self.single[id(weight)].name, inputs)
-            elif id(weight) in self.stacks:
-                matrices = self.stacks[id(weight)]
-                _require_orientation(matrices[0], transposed)
-                if self.seen is not None:
-                    for matrix in matrices:
-                        self.seen(matrix.name, inputs[matrix.index])
-                if self.leaves is not None:
-                    parts = list(weight.detach().unbind())
-                    for matrix in matrices:
-                        parts[matrix.index] = self._tensor_of(matrix)
-                    args = tuple(torch.stack(parts) if arg is weight else arg for arg in args)
+        args, kwargs = list(args), dict(kwargs or {})
+        if func in _PRODUCTS:
+            names = _PRODUCTS[func]
+            args += [kwargs.pop(name) for name in names[len(args) :]]
+            left, right = len(names) - 2, len(names) - 1
+            linear = func is torch.nn.functional.linear
+            args[right] = self._look(args[right], args[left], not linear)
+            if not linear and args[right].ndim > 1:  # the matrix may also stand on the left, its inputs being columns
+                args[left] = self._look(args[left], args[right].mT, False)
         return func(*args, **kwargs)
 
-    def _tensor_of(self, matrix: Matrix) -> torch.Tensor:
-        if matrix.name not in self.own:
-            tensor = matrix.stored
-            if self.leaves is not None:
-                tensor = self.leaves[matrix.name] = tensor.requires_grad_()
-            self.own[matrix.name] = tensor
-            self.single[id(tensor)] = matrix
-        return self.own[matrix.name]
+    def _look(self, weight: torch.Tensor, inputs: torch.Tensor, inputs_first: bool) -> torch.Tensor:
+        """Report a product if it is one with a matrix or a whole stack; returns what to multiply with.
+
+        `inputs_first`: `weight` is used as (..., in, out), otherwise as (..., out, in).
+        """
+        matrix = self.matrices.get(weight.data_ptr()) if weight.ndim > 1 else None
+        if matrix is None:
+            return weight
+        stored = matrix.stored
+        flipped = weight.stride()[-2:] != stored.stride()
+        if weight.shape[-2:] != (stored.mT if flipped else stored).shape:
+            return weight  # a part of it
+        stack: list[Matrix] = []
+        if any(weight.stride()[:-2]) and weight.numel() > stored.numel():
+            stack = self.stacks.get(weight.data_ptr(), [])
+            if weight.numel() != getattr(matrix.module, matrix.parameter).numel():
+                return weight  # a part of the stack
+        if matrix.transposed != (inputs_first != flipped):
+            where = f"{type(matrix.module).__name__}.{matrix.parameter}"
+            raise ValueError(f"{where} is stored the other way round than thought: weights.TRANSPOSED has to say so")
+        if self.seen is not None:
+            for one in stack or [matrix]:
+                shared = not stack or inputs.ndim < 3 or len(inputs) == 1
+                self.seen(one.name, inputs if shared else inputs[one.index])
+        if self.leaves is None or matrix.index is None:
+            return weight
+        if stack:
+            parts = list(getattr(matrix.module, matrix.parameter).detach().unbind())
+            for one in stack:
+                parts[one.index] = self._leaf(one)
+            own = torch.stack(parts)
+        else:
+            own = self._leaf(matrix)
+        own = own.mT if flipped else own
+        return own.reshape(weight.shape) if stack else own.expand_as(weight)
+
+    def _leaf(self, matrix: Matrix) -> torch.Tensor:
+        if matrix.name not in self.leaves:
+            self.leaves[matrix.name] = matrix.stored.requires_grad_()
+        return self.leaves[matrix.name]
 
 
-def _require_orientation(matrix: Matrix, transposed: bool) -> None:
-    if matrix.transposed != transposed:
-        where = f"{type(matrix.module).__name__}.{matrix.parameter}"
-        raise ValueError(f"{where} is stored the other way round than thought: weights.TRANSPOSED has to say so")
-
-
-def _linear(input, weight, bias=None):
-    return input, weight, False
-
-
-def _matmul(input, other, **kwargs):
-    return input, other, True
-
-
-def _addmm(input, mat1, mat2, **kwargs):
-    return mat1, mat2, True
-
-
-_TAKING = {torch.Tensor.__getitem__, torch.Tensor.select, torch.select}
 _PRODUCTS = {
-    torch.nn.functional.linear: _linear,
-    torch.matmul: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    torch.bmm: _matmul,
-    torch.Tensor.bmm: _matmul,
-    torch.addmm: _addmm,
-    torch.baddbmm: _addmm,
+    torch.nn.functional.linear: ("input", "weight"),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ("input", "other")),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm), ("input", "mat2")),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), ("input", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ("input", "batch1", "batch2")),
 }
+
+
+def kind_of(name: str) -> str:
+    """A name without the numbers in it, by which experts of a mixture differ."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def idle(names: Collection[str], reached: Collection[str]) -> tuple[list[str], list[str]]:
+    """Of the matrices of a block, those that no token reached: experts beside others that were reached, and all the rest."""
+    kinds = {kind_of(name) for name in reached}
+    unreached = [name for name in names if name not in reached]
+    experts = [name for name in unreached if kind_of(name) in kinds]
+    return experts, [name for name in unreached if kind_of(name) not in kinds]
+
+
+def _multiplies_itself(module: nn.Module) -> bool:
+    """Whether a linear has a forward of its own: with what it makes of its weight, its product cannot be told by memory."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -210,7 +226,11 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__)
 
 
-def _has_experts(block: nn.Module, path: str) -> bool:
-    """Whether a linear stands beside experts."""
-    owner = block.get_submodule(path.rpartition(".")[0])
-    return any("expert" in name for name, _ in owner.named_modules()) or any("expert" in n for n, _ in owner.named_parameters())
+def _is_router(block: nn.Module, path: str) -> bool:
+    """Whether a linear is, or is a part of, a router that stands beside experts."""
+    parts = path.split(".")
+    for k, part in enumerate(parts):
+        if part in ROUTERS:
+            beside = block.get_submodule(".".join(parts[:k]))
+            return any("expert" in f"{name}.{type(module).__name__}".lower() for name, module in beside.named_modules())
+    return False

@@ -1,6 +1,7 @@
 """The table of methods and the one loop over blocks: a dense model and calibration windows in, a pruned model out."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.models.decoder import Decoder, State
-from lib.models.weights import Matrix
+from lib.models.weights import Matrix, idle
 from lib.pruning import scores, sparsegpt, update
 from lib.pruning.activations import ActivationNorm, observe
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
@@ -47,6 +48,8 @@ METHODS = {
     "gblm": Method(scores.gblm, scores.gblm_inverse, statistic=ActivationNorm, gradients=True, variant=True),
     "sparsegpt": Method(statistic=sparsegpt.Hessian),
 }
+
+SHOWN = 5  # names in a log line
 
 
 class Choice:
@@ -151,9 +154,11 @@ def prune(
             norms = gradients(i) if rule.gradients and chosen else {}
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
             errors: dict[str, torch.Tensor] = {}
-            unknown = _unknown(decoder.prefixes[i], chosen, statistics, norms)
+            experts, unused = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             for name, linear in chosen.items():
-                if name in unknown:
+                if name in unused:
+                    continue
+                if name in experts:
                     linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), targets[i][name]), 0)
                     continue
                 choice = Choice(rule, targets[i][name], statistics.get(name), norms.get(name), **options)
@@ -206,43 +211,52 @@ def _observe(
     decoder: Decoder, i: int, linears: dict[str, Matrix], states: list[State], statistic: type, nsamples: int
 ) -> dict[str, torch.Tensor | None]:
     """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
-    for an expert that no token was sent to."""
+    for one without inputs."""
     with observe(linears, statistic) as observed:
         for state in states:
             decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
-    for name, linear in linears.items():
+    first = {}
+    own = {name: (first.setdefault(id(seen), name), seen.tokens) for name, seen in observed.items()}
+    everywhere = parallel.gather(
+        own
+    )  # an expert may have inputs in other processes only, and linears share there what they see
+    owners = {name: owner for of_rank in everywhere for name, (owner, _) in of_rank.items()}
+    for name in [*owners.values(), *linears]:
         if name not in observed:
-            if linear.index is None:
-                raise ValueError(f"{decoder.prefixes[i]}{name} was never run: it does not take part in the block's forward")
-            observed[name] = statistic(linear.in_features, decoder.device)  # an expert; elsewhere it may have tokens
-    shared = {id(observed[name]): observed[name] for name in linears}.values()  # in the same order in every process
-    for seen in shared:
-        parallel.add_up(seen.total)
-    tokens = parallel.add_up(torch.tensor([seen.tokens for seen in shared]))
-    reached = {id(seen): count for seen, count in zip(shared, tokens.tolist(), strict=True)}
-    return {name: observed[name].result(nsamples) if reached[id(observed[name])] else None for name in linears}
+            owner = owners.get(name, name)
+            observed[name] = observed[owner] if owner in observed else statistic(linears[name].in_features, decoder.device)
+    for name in dict.fromkeys(owners[name] for name in linears if name in owners):  # in the same order in every process
+        parallel.add_up(observed[name].total)
+    tokens = Counter()
+    for of_rank in everywhere:
+        tokens.update({name: count for name, (_, count) in of_rank.items()})
+    return {name: observed[name].result(nsamples) if tokens[name] else None for name in linears}
 
 
-def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> set[str]:
-    """Matrices of experts that no calibration token reached: nothing is known of them but their own weights."""
-    experts = [name for name, linear in linears.items() if linear.index is not None]
-    unknown = {
-        name
-        for name in experts
-        if (statistics or norms) and statistics.get(name) is None and (not norms or not norms[name].any())
-    }
-    if unknown:
-        logger.warning(
-            "%d of %d matrices of experts in %s had no calibration tokens, they are pruned by magnitude: %s",
-            len(unknown), len(experts), prefix.removesuffix("."), ", ".join(sorted(unknown)[:3]) + (" ..." if len(unknown) > 3 else ""),
-        )  # fmt: skip
-    return unknown
+def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> tuple[set[str], set[str]]:
+    """Of the linears of a block that the method knows too little of: experts that no calibration token reached, to be pruned
+    by magnitude like all of their kind, and those that stay dense, for they do not take part in the forward or the loss."""
+    met = {name for name in linears if statistics.get(name) is not None} if statistics else set(linears)
+    felt = {name for name in linears if _any(norms[name])} if norms else set(linears)
+    experts, dense = idle(linears, met & felt)
+    # An expert with inputs is scored by them, even if no gradient came back to it.
+    experts = {name for name in experts if not (statistics and name in met)}
+    for names, what in ((experts, "had no calibration tokens, they are pruned by magnitude"), (dense, _IDLE)):
+        if names:
+            shown = ", ".join(sorted(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+            logger.warning("%d of %d matrices in %s %s: %s", len(names), len(linears), prefix.removesuffix("."), what, shown)
+    return experts, set(dense)
+
+
+def _any(norm: torch.Tensor) -> bool:
+    """Whether something in a matrix is not zero; usually its first row tells."""
+    return bool(norm[0].any()) or bool(norm.any())
 
 
 def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """A block's (zeros, weights) per linear, and the names of those that are not sound: one wait for the device."""
     nonzero = [torch.count_nonzero(linear.weight) for linear in linears.values()]
-    numbers = torch.stack([*nonzero, *sound.values()]).tolist()
+    numbers = torch.stack([*nonzero, *sound.values()]).tolist() if nonzero else []
     zeros = {
         name: (linear.weight.numel() - count, linear.weight.numel())
         for (name, linear), count in zip(linears.items(), numbers, strict=False)
@@ -262,6 +276,9 @@ def _tell(i: int, errors: dict[str, torch.Tensor]) -> Errors:
         said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
     logger.info("%s %s", said[0], ", ".join(said[1:]))
     return {name: tuple(pair) for name, pair in numbers.items()}
+
+
+_IDLE = "do not take part in the forward pass or in the loss, they stay dense"
 
 
 def _remedy(rule: Method, recipe: Recipe) -> str:

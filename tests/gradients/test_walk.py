@@ -127,13 +127,13 @@ def test_bfloat16_gradients_are_those_of_float32_to_its_precision():
     assert largest_difference(coarse, exact) < 0.1
 
 
-def test_a_linear_without_gradients_is_named_when_streamed(tmp_path):
+def test_a_linear_without_gradients_is_named_when_streamed(tmp_path, caplog):
     model = tiny_model("llama").cpu()
     model.save_pretrained(tmp_path)
     decoder = loading.load(str(tmp_path), dtype="float32", device=DEVICE, streamed=True)
     decoder.blocks[1].mlp.forward = lambda hidden: hidden
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj got no gradient from any of the 2 samples"):
-        ours(decoder, random_windows(2), keep_graph=False)
+    ours(decoder, random_windows(2), keep_graph=False)
+    assert "3 matrices got no gradient from any sample" in caplog.text and "model.layers.1.mlp.gate_proj" in caplog.text
 
 
 def test_samples_are_numbered_over_all_processes():
@@ -196,15 +196,19 @@ class Skipping(nn.Module):
         )
 
 
-def test_linears_without_gradients_are_counted_or_refused(caplog):
+def test_linears_without_gradients_are_counted(caplog):
     decoder = tiny_decoder("llama")
     decoder.blocks[1].mlp.up_proj = Skipping(decoder.blocks[1].mlp.up_proj, every=2)
     norms = ours(decoder, random_windows(4))
     assert "model.layers.1.mlp.up_proj.linear got no gradient from 2 of 4 samples" in caplog.text
     assert norms["l2"]["model.layers.1.mlp.up_proj.linear"].any()
     decoder.blocks[1].mlp.up_proj.every = 0
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.linear got no gradient from any of the 4"):
-        ours(decoder, random_windows(4))
+    norms = ours(decoder, random_windows(4))
+    assert (
+        "1 matrices got no gradient from any sample, they stay dense where a method needs gradients: model.layers.1."
+        in caplog.text
+    )
+    assert not norms["l2"]["model.layers.1.mlp.up_proj.linear"].any()
 
 
 @pytest.mark.parametrize("skipped", [0, 1, 2])
@@ -232,5 +236,8 @@ def test_a_block_that_some_samples_skip(skipped, keep_graph, caplog):
         assert f"{full} got no gradient from 2 of 4 samples" in caplog.text
         assert torch.equal(norms["l2"][full], others["l2"][full])  # the samples that skip the block add nothing
     limit[0] = torch.inf
-    with pytest.raises(ValueError, match=rf"layers\.{skipped}\..* got no gradient from any of the 4 samples"):
-        ours(decoder, windows, keep_graph=keep_graph)
+    ours(decoder, windows, keep_graph=keep_graph)
+    assert (
+        f"7 matrices got no gradient from any sample, they stay dense where a method needs gradients: model.layers.{skipped}."
+        in caplog.text
+    )

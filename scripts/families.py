@@ -1,0 +1,252 @@
+"""Try this project on a tiny random model of every type of causal language model that transformers registers.
+
+    python scripts/families.py --output docs/families.md
+    python scripts/families.py mixtral gemma3
+
+Prints a Markdown page, a line for each type: works, and the share of its blocks' weights that can be pruned, or why not.
+Works means: block by block, loss and gradients equal those of autograd on the whole model; wanda's masks equal those of a
+naive restatement; read from its files block by block, the model is pruned to the very same weights; the checkpoint has the
+dense one's names and loads in plain transformers with the pruned model's logits.
+"""
+
+import argparse
+import copy
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny_configs import TYPES, VOCABULARY, tiny_model
+
+from lib.gradients.walk import gradient_norms
+from lib.models import loading
+from lib.models.checkpoint import Checkpoint
+from lib.models.decoder import Decoder
+from lib.models.store import Store
+from lib.models.weights import kind_of
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import prune
+from lib.pruning.selection import select
+
+SAMPLES, LENGTH, SCALE = 3, 12, 100.0
+TOLERANCE = 1e-4
+SECONDS = 300  # that a type may take
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Wrong(Exception):
+    """A number is not what it must be."""
+
+
+def check(kind: str, **changes) -> str:
+    """Try a type; returns what can be pruned of it, in words.
+
+    Raises:
+        ValueError: this project refuses it, and says why. Wrong: it should have.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder, "dense")
+        tiny_model(kind, **changes).save_pretrained(dense)
+        loading.outline(str(dense))
+        decoder, windows = load(dense), sample_windows()
+        check_gradients(copy.deepcopy(decoder.model), decoder, windows)
+        check_pruning(dense, windows)
+    return f"{decoder.share:.1%}"
+
+
+def load(folder: Path, **options) -> Decoder:
+    return loading.load(str(folder), dtype="float32", device="cpu", **options)
+
+
+def sample_windows() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def check_gradients(model: nn.Module, decoder: Decoder, windows: torch.Tensor) -> None:
+    """Loss, and l2 norms of all prunable matrices with the graph kept and recomputed, against whole-model autograd."""
+    model.requires_grad_(True)
+    sums: dict[str, torch.Tensor] = {}
+    for window in windows:
+        model.zero_grad()
+        loss = model(input_ids=window[None], labels=window[None], use_cache=False).loss
+        loss.backward()
+        state = decoder.enter(window[None])
+        for i in range(len(decoder)):
+            decoder.advance(i, [state])
+        require_equal("the loss", decoder.tail(state.hidden, window[None])[0], loss)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] = sums.get(name, 0) + (SCALE * parameter.grad.double()) ** 2
+    model.requires_grad_(False)
+    for keep_graph in (True, False):
+        for i, block_sums in gradient_norms(decoder, windows, norms=("l2",), scale=SCALE, keep_graph=keep_graph):
+            matrices = decoder.linears(i) | decoder.routers(i)
+            for name, norm in block_sums.result("l2").items():
+                matrix = matrices[name]
+                total = sums.get(decoder.prefixes[i] + matrix.tensor_name)
+                if total is None:
+                    require_equal(decoder.prefixes[i] + name, norm, torch.zeros_like(norm))
+                else:
+                    expected = matrix.oriented(total if matrix.index is None else total[matrix.index]).sqrt()
+                    require_equal(f"the gradient norm of {decoder.prefixes[i]}{name}", norm, expected)
+
+
+def check_pruning(folder: Path, windows: torch.Tensor) -> None:
+    """Wanda, from the files and in memory, against a naive restatement; and the checkpoint."""
+    pruned = folder.with_name("pruned")
+    decoder, streamed = load(folder), load(folder, streamed=True)
+    dense = copy.deepcopy(decoder.model)
+    ratio = Sparsity(0.5)
+    prune(decoder, windows, method="wanda", sparsity=ratio)
+    store = Store(pruned, streamed.source)
+    targets = select(streamed, ratio)
+
+    def finished(i: int, block: nn.Module) -> None:
+        matrices = streamed.linears(i)
+        store.write_block(streamed.prefixes[i], block, {matrices[name].tensor_name for name in targets.get(i, {})})
+
+    prune(streamed, windows, method="wanda", sparsity=targets, finished=finished)
+    store.finish()
+    before, after = Checkpoint(str(folder)), Checkpoint(str(pruned))
+    if before.where != after.where:
+        raise Wrong("the pruned checkpoint has other names than the dense one")
+    loaded = load(pruned).model
+    state = decoder.model.state_dict()
+    for name, value in loaded.state_dict().items():
+        if not torch.equal(value, state[name]):
+            raise Wrong(f"{name} of the streamed run is not that of the run in memory")
+    with torch.no_grad():
+        logits = [m(input_ids=windows[:1], use_cache=False).logits for m in (loaded, decoder.model)]
+    require_equal("logits of the saved checkpoint", *logits)
+    naive_wanda(dense, decoder, windows)
+
+
+def naive_wanda(dense: nn.Module, decoder: Decoder, windows: torch.Tensor) -> None:
+    """Compare the pruned blocks with Wanda restated: the whole model is run for every block, and inputs are looked at where
+    they meet memory of the matrix they are multiplied with."""
+    owners = dict(dense.named_parameters(remove_duplicate=False))
+    for i in range(len(decoder)):
+        weights = {}
+        for name, matrix in decoder.linears(i).items():
+            whole = owners[decoder.prefixes[i] + matrix.tensor_name].detach()
+            weights[name] = matrix.oriented(whole if matrix.index is None else whole[matrix.index])
+        inputs = Inputs(weights)
+        with inputs, torch.no_grad():
+            for window in windows:
+                dense(input_ids=window[None], use_cache=False)
+        masks = {}
+        for name, weight in weights.items():
+            squares = inputs.squares.get(name, torch.zeros(weight.shape[1]))
+            if name not in inputs.squares and not any(kind_of(other) == kind_of(name) for other in inputs.squares):
+                continue  # takes no part in the forward
+            norm = (squares / len(windows)).sqrt()
+            score = weight.abs() * (norm if name in inputs.squares else 1.0)  # an expert without tokens: by magnitude
+            order = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
+            masks[name] = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
+        for name, mask in masks.items():
+            weights[name].masked_fill_(mask, 0)
+        for name, matrix in decoder.linears(i).items():
+            differing = ((matrix.weight == 0) != (weights[name] == 0)).sum().item()
+            if differing > 2 + 0.001 * weights[name].numel():  # a rounding at the threshold flips a pair
+                raise Wrong(
+                    f"{differing} of {weights[name].numel()} mask bits of {decoder.prefixes[i]}{name} differ from wanda's"
+                )
+            weights[name].copy_(matrix.weight)  # so that later blocks see the same inputs
+
+
+class Inputs(TorchFunctionMode):
+    """While open, collects the sum over tokens of the squared inputs of matrices {name: (out, in)}, found by their memory."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        self.names = {(weight.data_ptr(), weight.shape): name for name, weight in weights.items()}
+        self.names |= {(weight.data_ptr(), weight.mT.shape): name for name, weight in weights.items()}
+        self.squares: dict[str, torch.Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"):
+            *_, a, b = [*args, *(kwargs or {}).values()][: 3 if "add" in func.__name__ else 2]
+            self.look(a, b)
+            if func.__name__ != "linear" and b.ndim > 1:
+                self.look(b.mT, a)
+        return func(*args, **(kwargs or {}))
+
+    def look(self, given: torch.Tensor, weight: torch.Tensor) -> None:
+        many = weight.ndim > 2 and given.ndim > 2
+        for x, w in zip(given.expand(len(weight), *given.shape[1:]), weight, strict=True) if many else [(given, weight)]:
+            name = self.names.get((w.data_ptr(), w.squeeze().shape))
+            if name is not None:
+                self.squares[name] = self.squares.get(name, 0) + x.reshape(-1, x.shape[-1]).square().sum(dim=0)
+
+
+def require_equal(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    size = expected.double().norm().clamp(min=1e-6)
+    error = ((found.double() - expected.double()).norm() / size).item()
+    if not error < TOLERANCE:
+        raise Wrong(f"{what} is off by {error:.2g}")
+
+
+def isolated(kind: str) -> tuple[str, str]:
+    """(works, refused, wrong or crashed; the share or the reason) of a type, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=report, args=(kind, sender))
+    process.start()
+    sender.close()
+    answer = ("crashed", f"no answer in {SECONDS} seconds")
+    if receiver.poll(SECONDS):
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            answer = ("crashed", "the process died")
+    process.kill()
+    process.join()
+    return answer
+
+
+def report(kind: str, sender) -> None:
+    try:
+        answer = ("works", check(kind))
+    except Wrong as error:
+        answer = ("wrong", str(error))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        own = Path(where.filename).is_relative_to(ROOT) and "site-packages" not in where.filename
+        message = " ".join(str(error).split())
+        answer = (
+            ("refused", message)
+            if own and isinstance(error, ValueError)
+            else ("crashed", f"{type(error).__name__}: {message} [{Path(where.filename).name}:{where.lineno}]")
+        )
+    sender.send(answer)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types (default: all)")
+    parser.add_argument("--output", type=Path, help="write the page here as well")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for kind in args.types or TYPES:
+        status, text = isolated(kind)
+        print(f"| {kind} | {status} | {text} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Mixtures of experts: masks of every expert against a naive loop over experts, and experts that no token reaches."""
+
+import logging
+
+import pytest
+import torch
+from conftest import DEVICE, random_windows
+from test_sparsegpt import naive_solve
+from tiny_configs import tiny_model
+
+from lib.models.decoder import Decoder
+from lib.pruning.masks import Sparsity
+from lib.pruning.prune import METHODS, prune, share_of_zeros
+from lib.pruning.selection import select
+
+N, EXPERTS = 6, 8
+MIXTURES = ("mixtral", "gpt_oss")  # (E, out, in), and (E, in, out) with biases
+
+
+def decoder_of(kind: str) -> Decoder:
+    model = tiny_model(kind, num_local_experts=EXPERTS, num_hidden_layers=2)
+    return Decoder(model.to(DEVICE), DEVICE)
+
+
+def gradients_of(decoder: Decoder, i: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(50 + i)
+    return {name: torch.rand(matrix.shape, generator=generator) for name, matrix in decoder.linears(i).items()}
+
+
+def routed(block, windows, model) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per window: (hidden states that enter the experts (T, H), the experts chosen for each (T, k))."""
+    found = []
+    handle = block.mlp.experts.register_forward_pre_hook(lambda module, args: found.append((args[0], args[1])))
+    for window in windows:
+        model(input_ids=window[None], use_cache=False)
+    handle.remove()
+    return found
+
+
+def inputs_of_expert(kind, experts, e, hidden) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the two matrices of an expert are multiplied with, by the formulas of the two architectures."""
+    if kind == "mixtral":
+        gate, up = (hidden @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
+        return hidden, torch.nn.functional.silu(gate) * up
+    gate_up = hidden @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+    gate, up = gate_up[:, ::2].clamp(max=experts.limit), gate_up[:, 1::2].clamp(-experts.limit, experts.limit)
+    return hidden, (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+
+
+def naive_weight(weight, inputs, gradient, method, inverse, sparsity):
+    """One matrix of one expert, (out, in), pruned; `inputs`: per window (tokens, in)."""
+    if method == "sparsegpt":
+        return naive_solve(weight, inputs, sparsity).float()
+    norm = (sum(x.square().sum(dim=0) for x in inputs) / len(inputs)).sqrt()
+    score = {
+        "magnitude": weight.abs(),
+        "wanda": weight.abs() * norm,
+        "gradient": weight.abs() / (gradient + 1e-8) if inverse else weight.abs() * gradient,
+        "gblm": weight.abs() * norm / (gradient + 1e-8) if inverse else weight.abs() * norm + weight.abs() * gradient,
+    }[method]
+    if sparsity.m:
+        groups = score.reshape(-1, sparsity.m)
+        order = groups.sort(dim=1, stable=True).indices[:, : sparsity.n]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(score.shape)
+    elif method == "magnitude":
+        mask = score <= score.flatten().sort().values[int(score.numel() * sparsity.ratio)]
+    else:
+        order = score.sort(dim=1, stable=True).indices[:, : int(score.shape[1] * sparsity.ratio)]
+        mask = torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
+    return weight.masked_fill(mask, 0)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
+@pytest.mark.parametrize("method, inverse", [(name, False) for name in METHODS] + [("gradient", True), ("gblm", True)])
+def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, inverse, pattern):
+    sparsity, windows = Sparsity.parse(pattern, 0.4 if pattern == "unstructured" else None), random_windows(N, 24)
+    decoder, dense = decoder_of(kind), decoder_of(kind)
+    reached = routed(dense.blocks[0], windows, dense.model)
+    prune(
+        decoder,
+        windows if METHODS[method].statistic else None,
+        method=method,
+        sparsity=select(decoder, sparsity, layer=0),
+        gradients=lambda i: gradients_of(decoder, i),
+        gradient_inv=inverse,
+    )
+    pruned, gradients = decoder.linears(0), gradients_of(dense, 0)
+    experts = dense.blocks[0].mlp.experts
+    for e in range(EXPERTS):
+        tokens = [hidden[(chosen == e).any(dim=-1)] for hidden, chosen in reached]
+        assert sum(map(len, tokens)) > 10  # otherwise this says little
+        pairs = [inputs_of_expert(kind, experts, e, hidden) for hidden in tokens]
+        for k, parameter in enumerate(("gate_up_proj", "down_proj")):
+            name = f"mlp.experts.{e}.{parameter}"
+            stored = getattr(experts, parameter)[e]
+            weight = stored if kind == "mixtral" else stored.T
+            expected = naive_weight(weight, [pair[k] for pair in pairs], gradients[name], method, inverse, sparsity)
+            found = pruned[name].weight
+            same = (found == 0) == (expected == 0)
+            if method == "sparsegpt":  # fp32 against float64: near ties may fall the other way
+                assert same.float().mean() > 0.99
+                rows = same.all(dim=1)
+                assert torch.allclose(found[rows], expected[rows], atol=5e-3, rtol=5e-3)
+            else:
+                assert same.float().mean() > 0.999
+                assert torch.equal(found[found != 0], weight[found != 0])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(method, pattern, caplog):
+    caplog.set_level(logging.WARNING)
+    sparsity, windows = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None), random_windows(1, 3)
+    decoder, dense = decoder_of("mixtral"), decoder_of("mixtral")
+    chosen = routed(dense.blocks[0], windows, dense.model)[0][1].unique().tolist()  # of 3 tokens, at most 6 of 8 experts
+
+    def gradients(i):
+        norms = gradients_of(decoder, i)
+        for name in norms if i == 0 else ():
+            if ".experts." in name and int(name.split(".")[2]) not in chosen:
+                norms[name].zero_()
+        return norms
+
+    zeros = prune(decoder, windows, method=method, sparsity=sparsity, gradients=gradients)
+    assert share_of_zeros({0: zeros[0]}) == pytest.approx(0.5, abs=0.01)
+    if method != "magnitude":
+        assert f"{2 * (EXPERTS - len(chosen))} of " in caplog.text and "had no calibration tokens" in caplog.text
+    for e in set(range(EXPERTS)) - set(chosen):
+        for parameter in ("gate_up_proj", "down_proj"):
+            weight = getattr(dense.blocks[0].mlp.experts, parameter)[e]
+            groups = weight.abs().view(-1, sparsity.m or weight.shape[1])
+            order = groups.sort(dim=1, stable=True).indices[:, : groups.shape[1] // 2]
+            expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(weight.shape)
+            found = decoder.linears(0)[f"mlp.experts.{e}.{parameter}"].weight == 0
+            if method == "magnitude" and not sparsity.m:  # its group is the whole matrix
+                assert found.float().mean() == pytest.approx(0.5, abs=0.01)
+            else:
+                assert torch.equal(found, expected)
+
+
+def test_one_expert_and_routers_are_chosen_by_name():
+    decoder, half = decoder_of("mixtral"), Sparsity(0.5)
+    chosen = select(decoder, half, include=["*.experts.3.*"])
+    assert chosen == {i: {f"mlp.experts.3.{p}": half for p in ("gate_up_proj", "down_proj")} for i in range(2)}
+    before = decoder.blocks[0].mlp.experts.down_proj[2].clone()
+    prune(decoder, None, method="magnitude", sparsity=chosen)
+    assert torch.equal(decoder.blocks[0].mlp.experts.down_proj[2], before)
+    assert (decoder.blocks[0].mlp.experts.down_proj[3] == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    assert not any("gate" in name.split(".")[-1] and "proj" not in name for name in select(decoder, half)[0])
+    assert list(select(decoder, half, include=["*.mlp.gate"])[0]) == ["mlp.gate"]
