@@ -217,16 +217,17 @@ def prepare(args: argparse.Namespace) -> Run:
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
     outline, tokenizer = cli.open_model(args)
-    targets = selection.select(
-        outline, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
-    )
+    chosen = {"include": args.include, "exclude": args.exclude, "layer": args.layer_no, "ratios": args.ratios}
+    targets = selection.select(outline, args.sparsity, **chosen)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
     evaluation = cli.read_evaluation(args, tokenizer)
     calibration = cli.read_calibration(args, tokenizer) if method.statistic else None
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
     decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples if method.statistic else 0)
-    asked = selection.total_ratio(outline, targets)
+    if decoder.skipped:  # only now known
+        targets = selection.select(decoder, args.sparsity, **chosen)
+    asked = selection.total_ratio(decoder, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
         sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
@@ -350,6 +351,7 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None, sta
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
             "streamed": run.plan.streamed,
+            "skipped_blocks": sorted(decoder.skipped),
             "processes": processes,
             "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(run.evaluation)},
             "sparsity": sparsity,

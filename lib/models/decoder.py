@@ -62,28 +62,53 @@ class Decoder:
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
         self._kwargs: list[dict] = []  # of the sample before, shared by samples that have equal ones
         self._returns_tuple = False  # of a block; learnt when one runs
+        self._skipped: frozenset[int] | None = None
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # one product per expert: `weights.products` sees each
         self._require_prunable(path)
+        self._find_skipped()
 
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def skipped(self) -> frozenset[int]:
+        """The blocks that the model's forward leaves out for text, as it does cross-attention without an image.
+
+        They are identities here, without matrices: nothing is known of their inputs, so they stay dense. An outline, which
+        cannot run, has none.
+        """
+        if self._skipped is None:
+            self._find_skipped()
+        return self._skipped or frozenset()
+
+    def _find_skipped(self) -> None:
+        if self.model.get_input_embeddings().weight.device.type != "meta":
+            self._skipped = frozenset()
+            tokens = torch.ones(1, 2, dtype=torch.int64, device=self.device)
+            self._skipped = frozenset(range(len(self))) - self._enter(tokens).keys()
+
+    def matrices(self, i: int) -> dict[str, Matrix]:
+        """{path inside the block: matrix} of block `i`, routers included; of a skipped block there are none."""
+        return {} if i in self.skipped else matrices_of(self.blocks[i])
+
     def linears(self, i: int) -> dict[str, Matrix]:
         """{path inside the block: matrix} of all that is pruned in block `i` unless flags say otherwise."""
-        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if not matrix.router}
+        return {name: matrix for name, matrix in self.matrices(i).items() if not matrix.router}
 
     def routers(self, i: int) -> dict[str, Matrix]:
         """Those that send tokens to experts: dense unless a flag names them."""
-        return {name: matrix for name, matrix in matrices_of(self.blocks[i]).items() if matrix.router}
+        return {name: matrix for name, matrix in self.matrices(i).items() if matrix.router}
 
     def shapes(self, i: int) -> dict[str, torch.Size]:
         """{matrix: (out, in)} of block `i`, routers included."""
-        return {name: matrix.shape for name, matrix in matrices_of(self.blocks[i]).items()}
+        return {name: matrix.shape for name, matrix in self.matrices(i).items()}
 
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
-        matrices = matrices_of(self.blocks[i])
+        matrices = self.matrices(i)
+        if not matrices:
+            return {}
         where = [_evenly(matrix.shape) for matrix in matrices.values()]
         read: dict[str, torch.Tensor] = {}
         if self.source is None:
@@ -111,7 +136,7 @@ class Decoder:
     def resident(self, i: int) -> Iterator[nn.Module]:
         """Inside the context, block `i`'s weights are on the compute device. Changes to streamed weights do not outlive it."""
         block = self.blocks[i]
-        if self.source is None:
+        if self.source is None or i in self.skipped:
             yield block
             return
         names = list(block.state_dict())
@@ -129,9 +154,26 @@ class Decoder:
     @torch.no_grad()
     def enter(self, tokens: torch.Tensor) -> State:
         """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""
-        calls: list[tuple[torch.Tensor, dict]] = []
+        calls = self._enter(tokens)
+        arguments = [calls[i][1] if i in calls else {} for i in range(len(self))]
+        kwargs, carried = split(arguments)
+        if not _equal(kwargs, self._kwargs):
+            self._kwargs = kwargs
+        kwargs = self._kwargs
+        if carried:
+            kwargs = [
+                own | {name: carried[name] for name in call if name in carried}
+                for own, call in zip(kwargs, arguments, strict=True)
+            ]
+        return State(next(iter(calls.values()))[0], kwargs, carried)
 
-        def recorder(block: nn.Module):
+    @torch.no_grad()
+    def _enter(self, tokens: torch.Tensor) -> dict[int, tuple[torch.Tensor, dict]]:
+        """{block: (hidden state, arguments) that it is called with} by the model's forward; the hidden state is the head's."""
+        calls: dict[int, tuple[torch.Tensor, dict]] = {}
+        running = len(self) - len(self.skipped)
+
+        def recorder(i: int, block: nn.Module):
             parameters = signature(type(block).forward).parameters.values()
             names = [parameter.name for parameter in parameters][1:]  # without self
 
@@ -139,28 +181,20 @@ class Decoder:
                 bound = dict(zip(names, args, strict=False)) | kwargs
                 hidden = bound.pop(names[0])
                 # A live cache would collect keys across samples.
-                calls.append((hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}))
-                if len(calls) == len(self.blocks):
+                calls[i] = hidden, {key: None if isinstance(value, Cache) else value for key, value in bound.items()}
+                if len(calls) == running:
                     raise _Recorded
-                return calls[0][0]  # not `hidden`: a model that unpacks a tuple would hand on less of it from block to block
+                # Not `hidden`: a model that unpacks a tuple would hand on less of it from block to block.
+                return next(iter(calls.values()))[0]
 
             return record
 
-        with self._blocks_replaced([recorder(block) for block in self.blocks]):
+        with self._blocks_replaced([recorder(i, block) for i, block in enumerate(self.blocks)]):
             try:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
             except _Recorded:
                 pass
-        kwargs, carried = split([call for _, call in calls])
-        if not _equal(kwargs, self._kwargs):
-            self._kwargs = kwargs
-        kwargs = self._kwargs
-        if carried:
-            kwargs = [
-                own | {name: carried[name] for name in call if name in carried}
-                for own, (_, call) in zip(kwargs, calls, strict=True)
-            ]
-        return State(calls[0][0], kwargs, carried)
+        return calls
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
         """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
@@ -177,6 +211,8 @@ class Decoder:
 
     def run(self, i: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Block `i`, which must be resident: (B, T, H) to (B, T, H)."""
+        if i in self.skipped:
+            return hidden
         output = self.blocks[i](hidden, **kwargs)
         self._returns_tuple = isinstance(output, tuple)
         return output[0] if self._returns_tuple else output
@@ -220,7 +256,7 @@ class Decoder:
         prunable = total = 0
         largest = ("", torch.empty(0))
         for i, block in enumerate(self.blocks):
-            own = {id(getattr(matrix.module, matrix.parameter)) for matrix in self.linears(i).values()}
+            own = {id(getattr(m.module, m.parameter)) for m in matrices_of(block).values() if not m.router}
             for name, parameter in block.named_parameters():
                 total += parameter.numel()
                 if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
