@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
         if work.done:
             logger.info("going on after %d of %d samples", work.done, len(own))
         writers = {}
-        for norm, folder in folders.items() if parallel.rank() == 0 else ():
+        for norm, folder in folders.items():
             writers[norm] = stack.enter_context(GradientWriter(folder, loading.DTYPES[args.norm_dtype]))
         with report.Phases(device)("gradients"):
             walk = gradient_norms(
@@ -134,10 +134,11 @@ def main(args: argparse.Namespace) -> None:
                     writer.write_block(i, sums.result(norm), fingerprint)
         for norm, writer in writers.items():
             writer.finish({"norm": norm, **provenance, "missing": work.missing})
-            print(
-                f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
-                f"{writer.underflow} became 0, {writer.overflow} were cut)"
-            )
+            if parallel.rank() == 0:
+                print(
+                    f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
+                    f"{writer.underflow} became 0, {writer.overflow} were cut)"
+                )
         parallel.stop()
         work.remove()
 

@@ -256,10 +256,15 @@ def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(
         cli.run(lambda: None, broken)
 
 
-def test_windows_in_batches_give_the_same_perplexity(flags, text):
-    command = [*flags, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
-    one, many = (run("main.py", *command, "--batch_size", size).splitlines() for size in (1, 7))
-    assert [line.split(" on ")[0] for line in one] == [line.split(" on ")[0] for line in many]
+def test_windows_in_batches_give_the_same_perplexity(flags, text, tmp_path):
+    """To the rounding of fp32: a product of seven windows may be added up in another order than one of a single window."""
+    command = [*flags, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text, "--save", tmp_path]
+    found = []
+    for size in (1, 7):
+        run("main.py", *command, "--batch_size", size)
+        found.append(json.loads((tmp_path / "results.json").read_text())["perplexity"])
+    for name in ("dense", "pruned"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
 
 
 def test_selection_by_name_and_by_ratio(flags, text, tmp_path, saved_model):

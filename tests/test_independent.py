@@ -66,7 +66,7 @@ def entered():
 def statistics_of(decoder, i, states, ours, empty, accumulate):
     """Run block `i` once; its inputs' statistics by our class and by llm-compressor's functions: {linear: tensor} each."""
     linears = decoder.linears(i)
-    theirs = {name: (empty(linear), 0) for name, linear in linears.items()}
+    theirs = {name: (empty(linear.module), 0) for name, linear in linears.items()}
 
     def hook(name):
         def record(module, args):
@@ -108,7 +108,7 @@ def test_wanda_in_every_block(entered, pruning, compressed, alone):
             assert torch.allclose(own[name].square(), scalars[name], rtol=1e-5)
             for pattern, arguments in PATTERNS.items():
                 sparsity = Sparsity.parse(pattern, 0.5)
-                expected = theirs.sparsify_weight(linear, {linear: scalars[name].clone()}, *arguments)
+                expected = theirs.sparsify_weight(linear.module, {linear.module: scalars[name].clone()}, *arguments)
                 # Compared as weights: among weights that are zero already, which of them a mask names does not matter.
                 score = scores.wanda(linear.weight, scalars[name].sqrt())
                 same_norms = linear.weight.masked_fill(mask_of(score, sparsity), 0)
@@ -151,7 +151,7 @@ def test_sparsegpt_in_the_first_block(entered, pruning, alone, pattern):
         # N * T products, added in any order: at worst as many roundings, each of at most |x_i| |x_j| (Cauchy-Schwarz).
         assert ((own[name] - hessian).abs() <= N * T * HALF_ULP * torch.outer(norms, norms)).all()
 
-        exact = nn.Linear(width, linear.out_features, dtype=torch.float64)
+        exact = nn.Linear(width, linear.shape[0], dtype=torch.float64)
         exact.weight = nn.Parameter(linear.weight.double(), requires_grad=False)
         _, expected = theirs.sparsify_weight(exact, {exact: hessian.clone()}, *PATTERNS[pattern], 128, DAMPING, False)
         solved = solve(exact.weight, hessian.clone(), sparsity)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib import parallel
 from lib.files import replace_file, replace_folder, settle
 from lib.gradients.walk import SCALE
 from lib.models.decoder import Decoder
@@ -55,16 +56,19 @@ def scales_of(dtype: torch.dtype) -> tuple[float, float]:
 class GradientWriter:
     """Writes a gradient folder under a temporary name and renames it when its index is in place.
 
-    A context manager: left before `finish`, nothing of it stays, and an earlier result is what it was.
+    Of several processes each makes one, any writes blocks, and all finish together. A context manager: left before `finish`,
+    nothing of it stays, and an earlier result is what it was.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float16):
         self.folder = folder
         self.dtype = dtype
         self.partial = folder.with_name(folder.name + ".partial")
-        settle(folder)
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        if parallel.rank() == 0:
+            settle(folder)
+            shutil.rmtree(self.partial, ignore_errors=True)
+        parallel.wait()
+        self.partial.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, dict] = {}
         self.fingerprint: dict[str, list[float]] = {}
         self.total = self.underflow = self.overflow = 0  # norms; of them those that became 0, or were cut, when stored
@@ -97,6 +101,9 @@ class GradientWriter:
 
     def finish(self, provenance: dict) -> None:
         """Write the index and give the folder its name, in place of an older one. `provenance` must hold the scale."""
+        self._collect()
+        if parallel.rank() > 0:
+            return
         if self.underflow or self.overflow:
             logger.warning(
                 "of %d norms stored in %s, %d became 0 and %d were cut to its largest: --norm_dtype float32 keeps more of them",
@@ -108,7 +115,7 @@ class GradientWriter:
             "stored_zero": self.underflow,
             "stored_cut": self.overflow,
             "files": dict(sorted(self.files.items())),
-            "fingerprint": self.fingerprint,
+            "fingerprint": dict(sorted(self.fingerprint.items())),
         }
         text = json.dumps(index, indent=1)
         replace_file(self.partial / INDEX, lambda path: path.write_text(text))
@@ -118,7 +125,15 @@ class GradientWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _collect(self) -> None:
+        """What all processes have written, for the index."""
+        written = parallel.gather((self.files, self.fingerprint, self.total, self.underflow, self.overflow))
+        files, fingerprints, *counts = zip(*written, strict=True)
+        self.files, self.fingerprint = ({k: v for part in parts for k, v in part.items()} for parts in (files, fingerprints))
+        self.total, self.underflow, self.overflow = map(sum, counts)
 
 
 class GradientNorms:

@@ -41,14 +41,14 @@ class BlockSums:
                 else:
                     parts["l1"][k].add_(part.abs_(), alpha=factor)
 
-    def of_all_ranks(self, linears: dict[str, Matrix], device: torch.device) -> "BlockSums":
-        """Add up the sums of all processes, in place. A linear without any gradient here counts as zeros on `device`."""
+    def of_all_ranks(self, linears: dict[str, Matrix], device: torch.device, owner: int = 0) -> "BlockSums":
+        """The sums of all processes, in place, in process `owner` and no other. A linear without any gradient here counts as zeros on `device`."""
         for totals in self.totals.values():
             for name, linear in linears.items():
                 if name not in totals:
                     totals[name] = torch.zeros(linear.shape, dtype=torch.float32, device=device)
                 if parallel.world() > 1:  # whose layouts may differ
-                    totals[name] = parallel.add_up(totals[name].contiguous())
+                    totals[name] = parallel.add_up_at(totals[name].contiguous(), owner)
         return self
 
     def result(self, norm: str) -> dict[str, torch.Tensor]:

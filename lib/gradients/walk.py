@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
+from lib import parallel
 from lib.gradients.backward import Groups, matrices_of
 from lib.gradients.sums import BlockSums
 from lib.models.decoder import Decoder
@@ -61,7 +62,8 @@ def gradient_norms(
         first: number of the first window in the whole run, where this process has a share of it; for messages only.
 
     Yields:
-        (block index, its sums), last block first, each as soon as it is final; summed over all processes.
+        (block index, its sums), last block first, each as soon as it is final; summed over all processes, and each in one
+        of those of the first machine, by turns: so they share the work of writing them.
 
     Raises:
         ValueError: a non-finite loss or gradient (names the sample), or a linear that no sample gave a gradient.
@@ -72,7 +74,7 @@ def gradient_norms(
                 matrix.stored.requires_grad_(True)  # nothing but the blocks' matrices ever gets a gradient
     work, windows = InMemory() if work is None else work, windows.to(decoder.device)
     walk = Groups(decoder, norms, scale, keep_graph, work.missing)
-    done = work.done
+    done, writers = work.done, min(parallel.world(), parallel.local_world())
     with tqdm(
         total=len(windows) * len(decoder), initial=done * len(decoder), desc="gradients", unit="block", disable=None
     ) as bar:
@@ -85,15 +87,22 @@ def gradient_norms(
                 done += 1
                 if done < len(windows) and work.due():
                     work.save(sums, done, walk.missing)
-            for i in reversed(range(len(decoder))):
-                yield i, sums.pop(i).of_all_ranks(matrices_of(decoder, i), decoder.device)
+            order = range(len(decoder))[::-1]
+            for start in range(0, len(order), writers):  # one for each, all added up first: nobody waits for another's writing
+                turn = order[start : start + writers]
+                added = [sums.pop(i).of_all_ranks(matrices_of(decoder, i), decoder.device, k) for k, i in enumerate(turn)]
+                if parallel.rank() < len(turn):
+                    yield turn[parallel.rank()], added[parallel.rank()]
         else:
             for chunk in windows[done:].split(group or len(windows)):
                 last = done + len(chunk) == len(windows)
                 for i, block_sums in walk.group(chunk, work, first + done):
                     bar.update(len(chunk))
                     if last:
-                        yield i, block_sums.of_all_ranks(matrices_of(decoder, i), decoder.device)
+                        owner = (len(decoder) - 1 - i) % writers
+                        block_sums.of_all_ranks(matrices_of(decoder, i), decoder.device, owner)
+                        if owner == parallel.rank():
+                            yield i, block_sums
                     else:
                         work[i] = block_sums
                 done += len(chunk)

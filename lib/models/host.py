@@ -10,6 +10,18 @@ from contextlib import suppress
 
 import torch
 
+LARGE = 2**20  # bytes
+
+
+def return_large_memory() -> None:
+    """From now on memory of LARGE and more is the system's again as soon as it is freed.
+
+    glibc raises its threshold for that to 32 MB, and what is below lies scattered in its heap: matrices of a block, gone but
+    for holes that the next block's do not fit into. Matrices of 32 MB, such as those of a 7B model, are treated so anyway.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
+
 
 def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps what is below its (growing) threshold, block after block."""

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from lib.models.checkpoint import Checkpoint
 from lib.models.conversion import ModelTensors
 from lib.models.decoder import Decoder
+from lib.models.host import return_large_memory
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def load(
         _require_whole(name, found)
         return Decoder(model, device)
 
+    return_large_memory()
     decoder = on_disk(name, dtype=run_dtype, device=device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     model, path = decoder.model, decoder.prefixes[0].removesuffix("0.")
     for key in saved_names(decoder):

@@ -14,19 +14,19 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, random_windows, tiny_decoder
+from conftest import DEVICE, ROOT, random_windows, tiny_decoder
 from safetensors.torch import load_file
 from test_commands import run
 from test_walk import SCALE, largest_difference, ours
 
 from lib import parallel
 from lib.gradients import work as work_module
+from lib.gradients.folder import GradientNorms
 from lib.gradients.walk import gradient_norms
 from lib.gradients.work import GradientWork
+from lib.models import loading
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import prune
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
@@ -36,7 +36,7 @@ def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch)
     windows, options = random_windows(7), {"scale": SCALE, "keep_graph": keep_graph, "group": 2}
     expected = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, **options)}
     settings = {"norms": ["l1", "l2"], "scale": SCALE, "seed": 0}
-    work = GradientWork(tmp_path / "work", settings, CPU)
+    work = GradientWork(tmp_path / "work", settings, DEVICE)
     commit, commits = work.commit, []
 
     def die_at_the_third(done, missing):
@@ -53,22 +53,22 @@ def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch)
     else:
         assert commits == [2, 4, 6]
     with pytest.raises(ValueError, match=r"another run has its sums in .*work: .*another --output_dir"):
-        GradientWork(tmp_path / "work", settings, CPU, resume=True)
+        GradientWork(tmp_path / "work", settings, DEVICE, resume=True)
     work.lock.release()  # as when its process dies
-    again = GradientWork(tmp_path / "work", settings, CPU, resume=True)
+    again = GradientWork(tmp_path / "work", settings, DEVICE, resume=True)
     assert again.done == commits[1] and sorted(again) == [0, 1, 2]
     resumed = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, work=again, **options)}
     assert all(torch.equal(expected[i][name], resumed[i][name]) for i in expected for name in expected[i])
     again.lock.release()
     with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*without --resume"):
-        GradientWork(tmp_path / "work", {**settings, "seed": 1}, CPU, resume=True)
-    assert GradientWork(tmp_path / "work", settings, CPU).done == 0  # without resume: from the start
+        GradientWork(tmp_path / "work", {**settings, "seed": 1}, DEVICE, resume=True)
+    assert GradientWork(tmp_path / "work", settings, DEVICE).done == 0  # without resume: from the start
 
 
 def test_sums_in_memory_are_saved_when_much_work_could_be_lost_and_not_more_often_than_it_is_worth(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(work_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    work = GradientWork(tmp_path / "work", {"norms": ["l2"], "scale": 1.0}, CPU)
+    work = GradientWork(tmp_path / "work", {"norms": ["l2"], "scale": 1.0}, DEVICE)
     due = []
     monkeypatch.setattr(work, "commit", lambda done, missing: clock.__setitem__(0, clock[0] + 20))  # saving takes 20 seconds
     for second in range(600):
@@ -89,7 +89,7 @@ def command(saved_model, documents, tmp_path):
     ]  # fmt: skip
 
 
-def wait_for(condition, process, seconds: float = 60):
+def wait_for(condition, process, seconds: float = 300):
     end = time.time() + seconds
     while not condition():
         assert process.poll() is None and time.time() < end, process.communicate()[1]
@@ -136,7 +136,7 @@ def of_one_rank(rank, world, port, folder):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    parallel.start(CPU)
+    parallel.start(torch.device("cpu"))
     windows = random_windows(5)
     norms = ours(tiny_decoder(), parallel.share(windows))
     pruned = {}
@@ -148,18 +148,22 @@ def of_one_rank(rank, world, port, folder):
     parallel.stop()
 
 
+@pytest.mark.skipif("DEVICE.type != 'cpu'", reason="gloo; scripts/gpu_check.sh compares two processes over NCCL")
 def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
     torch.multiprocessing.spawn(of_one_rank, (2, 29511, str(tmp_path)), nprocs=2)
     norms = ours(tiny_decoder(), random_windows(5))
     (one, pruned), (two, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert largest_difference(one, norms) < 1e-6 and largest_difference(two, norms) < 1e-6
+    assert not one["l1"].keys() & two["l1"].keys()  # the sums of a block are in one process
+    assert largest_difference({norm: one[norm] | two[norm] for norm in norms}, norms) < 1e-6
+    assert one["l1"].keys() | two["l1"].keys() == norms["l1"].keys()
     for method, weights in pruned.items():
         assert all(torch.equal(weights[name], others[method][name]) for name in weights)  # all ranks end alike
         alone = tiny_decoder()
         prune(alone, random_windows(5), method=method, sparsity=Sparsity.parse("2:4"))
-        expected = alone.model.state_dict()
-        differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in weights)
-        assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3
+        # In the first block: sums in another order may break a near tie the other way, after which inputs are others.
+        expected = {name: weight for name, weight in alone.model.state_dict().items() if ".layers.0." in name}
+        differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in expected)
+        assert differing / sum(weight.numel() for weight in expected.values()) < 0.01
 
 
 def test_main_with_two_processes(saved_model, documents, tmp_path):
@@ -171,16 +175,38 @@ def test_main_with_two_processes(saved_model, documents, tmp_path):
     ]  # fmt: skip
     saved = ["--memory", "streamed", "--save", tmp_path / "two", "--save_model", tmp_path / "two" / "model"]
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, *saved)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     run(*command, "--save", tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["perplexity"]["dense"] == pytest.approx(one["perplexity"]["dense"], rel=1e-6)
-    assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=1e-3)  # a near tie may differ
+    assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=0.01)  # a near tie may differ
     assert printed.count("pruned perplexity") == 1
     saved = load_file(tmp_path / "two" / "model" / "model.safetensors")
     assert all((weight == 0).float().mean() == 0.5 for name, weight in saved.items() if name.endswith("proj.weight"))
+
+
+@pytest.mark.parametrize("memory", ["streamed", "resident"])
+def test_gradients_of_two_processes_are_one_folder(command, tmp_path, memory):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(*launch, *command, two, "--memory", memory, "--norms", "l1", "l2")
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    run(*command, one, "--memory", memory, "--norms", "l1", "l2")
+    assert contents(one).keys() == contents(two).keys()
+    for norm in ("l1", "l2"):
+        assert printed.count(f"{norm} gradient norms saved") == 1
+        name = f"llama2/gradients_aggregrate_norm_{norm}_model_tiny-llama"
+        a, b = GradientNorms(one / name), GradientNorms(two / name)
+        decoder = loading.load(a.index["model"], dtype="float32", device="cpu")
+        b.check(len(decoder), decoder.shapes, decoder.fingerprint)
+        assert a.fingerprint == b.fingerprint and (a.index["processes"], b.index["processes"]) == (1, 2)
+        assert abs(a.index["stored_zero"] - b.index["stored_zero"]) <= 2  # one may be at the edge of float16
+        for i in range(len(decoder)):
+            for linear, expected in a.block(i).items():
+                assert torch.allclose(b.block(i)[linear].float(), expected.float(), rtol=2**-10, atol=1e-6)
 
 
 def test_a_rank_that_dies_ends_the_run(command, tmp_path):
@@ -193,7 +219,7 @@ def test_a_rank_that_dies_ends_the_run(command, tmp_path):
         if "gradient_computation.py" in " ".join(child.cmdline())
     ]
     ranks[-1].kill()
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=300) != 0
     assert not list(folder.rglob("index.json"))
 
 
