@@ -266,9 +266,8 @@ def prepare(args: argparse.Namespace) -> Run:
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
     outline, tokenizer = cli.open_model(args)
-    targets = selection.select(
-        outline, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
-    )
+    chosen = {"include": args.include, "exclude": args.exclude, "layer": args.layer_no, "ratios": args.ratios}
+    targets = selection.select(outline, args.sparsity, **chosen)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
     evaluation = cli.read_evaluation(args, tokenizer)
@@ -276,7 +275,9 @@ def prepare(args: argparse.Namespace) -> Run:
     cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
     streams = (calibration is not None) + (args.reconstruct > 0)
     decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples * streams)
-    asked = selection.total_ratio(outline, targets)
+    if decoder.skipped:  # only now known
+        targets = selection.select(decoder, args.sparsity, **chosen)
+    asked = selection.total_ratio(decoder, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
         sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
@@ -408,6 +409,7 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None, sta
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
             "streamed": run.plan.streamed,
+            "skipped_blocks": sorted(decoder.skipped),
             "processes": processes,
             "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(run.evaluation)},
             "sparsity": sparsity,

@@ -86,7 +86,8 @@ class GradientWriter:
             looks.append(torch.stack([norm.amax().isfinite(), underflow, stored.isinf().sum()]))
             self.total += norm.numel()
             self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
-        for (key, stored), (finite, underflow, overflow) in zip(tensors.items(), torch.stack(looks).tolist(), strict=True):
+        looks = torch.stack(looks).tolist() if looks else []  # none: a block that the forward skips
+        for (key, stored), (finite, underflow, overflow) in zip(tensors.items(), looks, strict=True):
             if not finite:
                 raise ValueError(f"{key} holds NaN or infinity: use a smaller --scale, or --dtype float32")
             self.underflow += underflow

@@ -78,6 +78,15 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def skipped(self) -> frozenset[int]:
+        """The blocks that the model's forward leaves out for text, as it does cross-attention without an image.
+
+        They are identities here, without matrices: nothing is known of their inputs, so they stay dense. An outline, which
+        cannot run, has none.
+        """
+        return frozenset(range(len(self))) - frozenset(self.chain.run) if self.chain else frozenset()
+
     def linears(self, i: int) -> dict[str, Matrix]:
         """{path inside the block: matrix} of all that is pruned in block `i` unless flags say otherwise."""
         return {name: matrix for name, matrix in self._matrices(i).items() if not matrix.router}
@@ -93,6 +102,8 @@ class Decoder:
     def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
         """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
         matrices = self._matrices(i)
+        if not matrices:
+            return {}
         where = [_evenly(matrix.shape) for matrix in matrices.values()]
         read: dict[str, torch.Tensor] = {}
         if self.source is None:
@@ -105,7 +116,7 @@ class Decoder:
                     read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
                 weight = matrix.of(read[matrix.tensor_name])
             values.append(weight[row, column].float())
-        return dict(zip(matrices, torch.stack(values).cpu(), strict=True)) if values else {}
+        return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
 
     def checksum(self) -> str:
         """SHA-256 of the fingerprint of all blocks: which weights these are."""
@@ -119,7 +130,7 @@ class Decoder:
     def resident(self, i: int) -> Iterator[nn.Module]:
         """Inside the context, block `i`'s weights are on the compute device. Changes to streamed weights do not outlive it."""
         block = self.blocks[i]
-        if self.source is None:
+        if self.source is None or i in self.skipped:
             yield block
             return
         names = list(block.state_dict())
@@ -228,7 +239,7 @@ class Decoder:
 
     def _matrices(self, i: int) -> dict[str, Matrix]:
         """What can be pruned in block `i`: not what other blocks use as well, they would need other masks."""
-        matrices = matrices_of(self.blocks[i])
+        matrices = matrices_of(self.blocks[i]) if i not in self.skipped else {}
         return {name: m for name, m in matrices.items() if self.prefixes[i] + m.tensor_name not in self._several}
 
     def _used_several_times(self) -> set[str]:

@@ -255,6 +255,8 @@ def _any(norm: torch.Tensor) -> bool:
 
 def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """A block's (zeros, weights) per linear, and the names of those that are not sound: one wait for the device."""
+    if not linears:  # a block that the forward skips
+        return {}, []
     nonzero = [torch.count_nonzero(linear.weight) for linear in linears.values()]
     numbers = torch.stack([*nonzero, *sound.values()]).tolist() if nonzero else []
     zeros = {
