@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     cli.settle_bos(args, outline, tokenizer)
     calibration = cli.read_calibration(args, tokenizer)
-    evaluation = cli.read_evaluation(args, tokenizer)[: args.windows]
+    evaluation = cli.read_evaluation(args, tokenizer, args.eval_dataset)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     if gradients:
