@@ -30,6 +30,7 @@ class Groups(NamedTuple):
     model: argparse._ArgumentGroup
     data: argparse._ArgumentGroup
     method: argparse._ArgumentGroup
+    evaluation: argparse._ArgumentGroup
     memory: argparse._ArgumentGroup
     output: argparse._ArgumentGroup
 
@@ -220,6 +221,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def natural(text: str) -> int:
+    """An argparse type: an integer not below 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
     return value
 
 

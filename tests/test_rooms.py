@@ -16,6 +16,8 @@ ARROWS = {
     "data": {"hub"},
     "hub": set(),
     "parallel": set(),
+    "tables": set(),
+    "card": {"tables", "models"},
     "report": {"parallel", "models", "pruning"},
     "cli": {"data", "hub", "parallel", "report", "models", "gradients", "pruning", "evaluation"},
 }

@@ -73,9 +73,7 @@ def keep(place: Path, conditions: dict, windows: torch.Tensor, value: float, tex
     content = {"perplexity": value, "text": text, "windows": list(windows.shape), **conditions}
     try:
         place.mkdir(parents=True, exist_ok=True)
-        replace_file(
-            _file(place, conditions, windows), lambda path: path.write_text(json.dumps(content, indent=2) + "\n")
-        )
+        replace_file(_file(place, conditions, windows), lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
     except OSError as error:
         logger.info("the dense perplexity is not kept for later runs: %s", error)
 
