@@ -424,7 +424,7 @@ def finish(run: Run) -> None:
     if not first:
         return
     if args.save_model:
-        card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}")
+        card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None)
     saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
     saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []
     logger.info("summary\n%s", tables.summary(results, saved))

@@ -14,16 +14,17 @@ CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")  # from the dense model's own card
 RECIPE = (
     "prune_method", "sparsity_type", "sparsity_ratio", "use_variant", "gradient_inv", "include", "exclude", "layer_no",
-    "dataset", "nsamples", "seq_length", "seed", "bos", "pack",
+    "layer_ratios",
 )  # fmt: skip
+CALIBRATION = ("dataset", "nsamples", "seq_length", "seed", "bos", "pack")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # where the hub's cache keeps OWNER/NAME
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write(folder: str | Path, results: dict, command: str) -> None:
+def write(folder: str | Path, results: dict, command: str, calibrated: bool) -> None:
     """Put the card into a finished checkpoint, in place of the dense model's, whose licence it takes over.
 
-    `results` are as in results.json, `command` is what a reader would type.
+    `results` are as in results.json, `command` is what a reader would type, `calibrated` whether text had a part in it.
     """
     place, config = Path(folder, CARD), json.loads(Path(folder, "config.json").read_text())
     dense = _metadata(place)
@@ -35,7 +36,8 @@ def write(folder: str | Path, results: dict, command: str) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "sparse", "gblm-pruner", results["flags"]["prune_method"], results["flags"]["sparsity_type"]],
     }
-    text = f"---\n{CardData(**metadata).to_yaml()}\n---\n\n{body(results, command, Checkpoint(str(folder)).updated)}"
+    updated = Checkpoint(str(folder)).updated
+    text = f"---\n{CardData(**metadata).to_yaml()}\n---\n\n{body(results, command, calibrated, updated)}"
     replace_file(place, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -54,11 +56,12 @@ def base_model(model: str, config: dict, dense: dict) -> str | list[str] | None:
     return dense.get("base_model")
 
 
-def body(results: dict, command: str, updated: bool) -> str:
+def body(results: dict, command: str, calibrated: bool, updated: bool) -> str:
     """The card below its front matter. `updated`: the surviving weights are not the dense model's."""
     flags = results["flags"]
     name, method = Path(flags["model"]).name, flags["prune_method"]
-    recipe = [(flag, value) for flag in RECIPE if (value := flags.get(flag)) not in (None, False, [], -1)]
+    shown = RECIPE + (CALIBRATION if calibrated else ())
+    recipe = [(flag, value) for flag in shown if (value := flags.get(flag)) not in (None, False, [], -1)]
     recipe += [("alpha", flags["alpha"])] if method == "gblm" else []
     survivors = "are not the dense model's: the method updates them" if updated else "are the dense model's, bit for bit"
     parts = [

@@ -18,8 +18,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def perplexities(results: dict) -> str:
     """A row for each text."""
+    length = results["flags"]["seq_length"]
     rows = [
-        [entry["dataset"], str(entry["windows"]), f"{entry['dense']:.4f}", f"{entry['pruned']:.4f}"]
+        [entry["dataset"], f"{entry['windows']} x {length}", f"{entry['dense']:.4f}", f"{entry['pruned']:.4f}"]
         for entry in results.get("perplexities", [results["perplexity"]])
     ]
     return table(["perplexity on", "windows", "dense", "pruned"], rows)
