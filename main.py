@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lib import card, cli, parallel, report, tables
+from lib import card, cli, files, parallel, report, tables
 from lib.data import sources
 from lib.evaluation import kept, zero_shot
 from lib.evaluation.perplexity import perplexity
@@ -31,7 +31,7 @@ from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
+from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
 
 logger = logging.getLogger("main")
 
@@ -45,11 +45,16 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_dense:
         score_tasks(run, "dense")
     run.zeros = prune_model(run)
-    keep_results(run)
-    measure_pruned(run)
-    if run.tasks:
-        keep_results(run)
-        score_tasks(run, "pruned")
+    keep_results(run, "pruned; the perplexity is being measured")
+    try:
+        measure_pruned(run)
+        if run.tasks:
+            keep_results(run, "pruned; the zero-shot tasks are being scored")
+            score_tasks(run, "pruned")
+    except BaseException as error:
+        what = "the zero-shot accuracy" if run.pruned else "the perplexity"
+        keep_results(run, f"pruned; {what} could not be measured: {error!r}")
+        raise
     finish(run)
 
 
@@ -82,7 +87,12 @@ def declare(groups: cli.Groups) -> None:
         metavar="METHOD",
         help=f"{', '.join(METHODS)}: how weights are scored; gblm is the paper's, from activations and gradients",
     )
-    add("--sparsity_ratio", type=float, metavar="SHARE", help="of the weights to remove, such as 0.5; implied by N:M")
+    add(
+        "--sparsity_ratio",
+        type=cli.number_above(0, including=True),
+        metavar="SHARE",
+        help="of the weights to remove, such as 0.5; implied by N:M",
+    )
     add(
         "--sparsity_type",
         default="unstructured",
@@ -94,18 +104,26 @@ def declare(groups: cli.Groups) -> None:
         metavar="PATH",
         help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient",
     )
-    add("--alpha", type=float, help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)")
+    add(
+        "--alpha",
+        type=cli.number_above(0, True, MAX_ALPHA),
+        help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)",
+    )
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
     cli.add_selection_flags(groups.method)
-    add("--layer_no", type=int, default=-1, metavar="BLOCK", help="prune this block only (default: all)")
-    add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
+    add("--layer_no", type=cli.at_least(), default=-1, metavar="BLOCK", help="prune this block only (default: all)")
+    add(
+        "--layer_ratios",
+        metavar="FILE",
+        help='JSON, by block or name: {"0": 0.3, "*.down_proj": "4:8", "*.o_proj": "dense"}, the last match counts',
+    )
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
     groups.memory.add_argument(
         "--batch_size",
-        type=cli.positive,
+        type=cli.at_least(1),
         default=1,
         metavar="N",
         help="windows of the perplexity, or requests of tasks, in one forward pass (default: %(default)s)",
@@ -134,8 +152,10 @@ def declare_evaluation(groups: cli.Groups) -> None:
         metavar="TASK",
         help="of the harness, or of files in --include_path (default: the paper's seven)",
     )
-    add("--num_fewshot", type=cli.natural, metavar="K", help="examples before each question (default: the task's own, or 0)")
-    add("--limit", type=cli.positive_float, metavar="N", help="questions of each task; below 1 a share of them (default: all)")
+    add(
+        "--num_fewshot", type=cli.at_least(0), metavar="K", help="examples before each question (default: the task's own, or 0)"
+    )
+    add("--limit", type=cli.number_above(0), metavar="N", help="questions of each task; below 1 a share of them (default: all)")
     add("--include_path", metavar="DIR", help="folder with tasks of your own, in the harness' YAML")
 
 
@@ -157,16 +177,18 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        if method.gradients and not os.path.exists(args.gradient_path):
-            raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
-    except (ValueError, FileNotFoundError) as error:
+        if method.gradients:
+            files.settle(Path(args.gradient_path))
+            if not os.path.exists(args.gradient_path):
+                raise FileNotFoundError(
+                    f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first"
+                )
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if args.ratios and args.sparsity_type != "unstructured":
-        parser.error(f"--layer_ratios sets shares of rows and {args.sparsity_type} a number per group: choose one")
-    if args.use_variant and args.sparsity_type != "unstructured":
-        parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
+    if args.use_variant and args.sparsity_type != "unstructured":
+        parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
 
 
 def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -186,7 +208,7 @@ def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             sources.check_source(source, args.data_dir, "evaluation")
         if args.eval_zero_shot:
             zero_shot.require()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
@@ -196,11 +218,12 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
     if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
-    for flag in ("save", "save_model"):
+    for flag, folder in {"save": args.save, "save_model": args.save_model}.items():
         try:
-            report.check_writable(getattr(args, flag))
+            if folder is not None:
+                files.check_writable(folder)
         except OSError as error:
-            parser.error(f"--{flag} cannot be written: {error}")
+            parser.error(f"--{flag} cannot be written: {error}: choose another folder")
 
 
 @dataclass
@@ -218,6 +241,7 @@ class Run:
     evaluation: dict[str, torch.Tensor]  # text -> (m, T)
     tasks: zero_shot.Tasks | None
     phases: report.Phases
+    weights: str  # which the dense model's are, a checksum
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
 
     dense: dict[str, float] = field(default_factory=dict)  # text -> perplexity
@@ -225,6 +249,14 @@ class Run:
     zeros: Zeros = field(default_factory=dict)
     pruned: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, dict] = field(default_factory=dict)  # "dense", "pruned" -> zero-shot results
+
+    @property
+    def settings(self) -> dict:
+        """What the results depend on, as results.json has it: flags, the weights, versions."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in ("sparsity", "ratios", "folder")}
+        if len(self.evaluation) == 1:
+            flags["eval_dataset"] = self.args.eval_dataset[0]  # as it was before there could be several
+        return {"flags": flags, "layer_ratios": self.args.ratios, "weights": self.weights, "versions": report.versions()}
 
     def text(self, source: str) -> str:
         """What a perplexity of this run was measured on."""
@@ -243,11 +275,10 @@ def prepare(args: argparse.Namespace) -> Run:
     }.items():
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
-    outline = loading.outline(args.model, cache_dir=args.cache_dir)
+    outline, tokenizer = cli.open_model(args)
     targets = selection.select(
         outline, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
     )
-    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
     evaluation = {source: cli.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
@@ -268,11 +299,41 @@ def prepare(args: argparse.Namespace) -> Run:
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
         if method.statistic:
             cli.compare_samples(args, gradients)
-    run = Run(args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, tasks, phases)
+    run = Run(
+        args,
+        decoder,
+        plan,
+        tokenizer,
+        targets,
+        asked,
+        gradients,
+        calibration,
+        evaluation,
+        tasks,
+        phases,
+        decoder.checksum()[:16],
+    )
     if parallel.rank() == 0:
+        point_out_earlier(run)
         texts = "; ".join(map(run.text, evaluation))
         print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {texts}", flush=True)
     return run
+
+
+def point_out_earlier(run: Run) -> None:
+    """Say which earlier results are replaced, and how this run differs from the one that made them."""
+    save, model = run.args.save, run.args.save_model
+    if save and (earlier := report.read(save)):
+        now, shown = run.settings, ("layer_ratios", "weights", "versions")
+        before = {**earlier.get("flags", {}), **{key: earlier.get(key) for key in shown}}
+        now = {
+            key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")
+        }
+        report.point_out_earlier(Path(save, report.RESULTS), {key: before[key] for key in now}, now)
+    if model and any(Path(model).glob("*.safetensors")):
+        configs = [report.read(folder, "config.json") for folder in (model, run.args.folder)]
+        changed = report.differences(*configs) or "of the same architecture"
+        logger.warning("the earlier pruned checkpoint in %s is replaced when this run has its own: %s", model, changed)
 
 
 def measure_dense(run: Run) -> None:
@@ -347,8 +408,8 @@ def prune_model(run: Run) -> Zeros:
     written: store.Store | store.Scratch | None = None
     with contextlib.ExitStack() as unfinished:
         if args.save_model and parallel.rank() == 0:
-            dense = loading.dense_tensors(args.model, decoder, args.cache_dir)
-            written = store.Store(args.save_model, dense, updated=method.score is None, cache_dir=args.cache_dir)
+            dense = loading.dense_tensors(args.folder, decoder)
+            written = store.Store(args.save_model, dense, updated=method.score is None)
             unfinished.callback(written.discard)
         elif run.plan.streamed:  # pruned blocks have to go somewhere
             run.scratch = tempfile.TemporaryDirectory()
@@ -379,12 +440,9 @@ def prune_model(run: Run) -> Zeros:
     return zeros
 
 
-def keep_results(run: Run) -> dict:
+def keep_results(run: Run, status: str) -> dict:
     """Write what there is so far to results.json and beside it, if that is asked for; returns it as it is written."""
     args, decoder = run.args, run.decoder
-    flags = {name: value for name, value in vars(args).items() if name not in ("sparsity", "ratios")}
-    if len(args.eval_dataset) == 1:
-        flags["eval_dataset"] = args.eval_dataset[0]  # as before there could be several
     perplexities = [
         {
             "dense": run.dense[source],
@@ -396,9 +454,8 @@ def keep_results(run: Run) -> dict:
         for source, windows in run.evaluation.items()
     ]
     results = {
-        "flags": flags,
-        "layer_ratios": args.ratios,
-        "versions": report.versions(),
+        "status": status,
+        **run.settings,
         "dtype": str(decoder.model.dtype).removeprefix("torch."),
         "device": str(decoder.device),
         "streamed": run.plan.streamed,
@@ -419,7 +476,7 @@ def keep_results(run: Run) -> dict:
 def finish(run: Run) -> None:
     """Write and print the end of the run; its last lines are the result."""
     args, first = run.args, parallel.rank() == 0
-    results = keep_results(run)
+    results = keep_results(run, "complete")
     parallel.stop()
     if not first:
         return

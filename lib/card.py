@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub import CardData, metadata_load
 
 from lib import tables
-from lib.models.checkpoint import Checkpoint, replace_file
+from lib.files import replace_file
+from lib.models.checkpoint import Checkpoint
 
 CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")  # from the dense model's own card

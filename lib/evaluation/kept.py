@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from lib.evaluation import perplexity
+from lib.files import replace_file
 from lib.models import decoder as decoder_module
-from lib.models.checkpoint import replace_file
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)

@@ -146,7 +146,7 @@ def test_the_harness_is_asked_for_before_anything_is_loaded(command, monkeypatch
         ("--include_path .", "--include_path is about"),
         ("--eval_zero_shot --include_path nowhere", "nowhere is not a folder"),
         ("--eval_zero_shot --limit 0", "not above 0"),
-        ("--eval_zero_shot --num_fewshot -1", "is below 0"),
+        ("--eval_zero_shot --num_fewshot -1", "not above -1"),
     ],
 )
 def test_flags_without_a_use_are_refused(flags, message, capsys, monkeypatch):

@@ -52,14 +52,14 @@ def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch)
         assert commits == [2, 4, 6]
     with pytest.raises(ValueError, match=r"another run has its sums in .*work: .*another --output_dir"):
         GradientWork(tmp_path / "work", settings, DEVICE, resume=True)
-    work.lock.close()  # as when its process dies
+    work.lock.release()  # as when its process dies
     again = GradientWork(tmp_path / "work", settings, DEVICE, resume=True)
     assert again.done == commits[1] and sorted(again) == [0, 1, 2]
     resumed = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, work=again, **options)}
     assert all(torch.equal(expected[i][name], resumed[i][name]) for i in expected for name in expected[i])
+    again.lock.release()
     with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*without --resume"):
         GradientWork(tmp_path / "work", {**settings, "seed": 1}, DEVICE, resume=True)
-    again.lock.close()
     assert GradientWork(tmp_path / "work", settings, DEVICE).done == 0  # without resume: from the start
 
 
