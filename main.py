@@ -195,9 +195,8 @@ def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     """End with `parser.error` if a text cannot be read, or zero-shot tasks are asked for in vain."""
     args.eval_dataset = list(dict.fromkeys(args.eval_dataset))
     args.tasks = [name for names in args.tasks for name in names.split(",") if name]
-    needless = [
-        flag for flag in ("eval_dense", "num_fewshot", "limit", "include_path") if getattr(args, flag) not in (None, False)
-    ]
+    optional = ("eval_dense", "num_fewshot", "limit", "include_path")
+    needless = [flag for flag in optional if getattr(args, flag) is not None and getattr(args, flag) is not False]
     needless += ["tasks"] if args.tasks != zero_shot.TASKS else []
     if needless and not args.eval_zero_shot:
         parser.error(f"--{needless[0]} is about the tasks of --eval_zero_shot: add it")
