@@ -13,6 +13,8 @@ import contextlib
 import logging
 import math
 import os
+import shlex
+import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +22,9 @@ from typing import Any
 
 import torch
 
-from lib import cli, files, parallel, report
+from lib import card, cli, files, parallel, report, tables
 from lib.data import sources
+from lib.evaluation import kept, zero_shot
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.models import loading, memory, store
@@ -39,39 +42,40 @@ HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and
 def main(args: argparse.Namespace) -> None:
     """Prepare, measure the dense model, prune it, measure it again, report."""
     run = prepare(args)
-    dense = measure(run, "dense perplexity")
-    refuse_hopeless(run, dense)
-    zeros = prune_model(run)
-    keep_results(run, zeros, dense, None, "pruned; the perplexity is being measured")
+    measure_dense(run)
+    if args.eval_dense:
+        score_tasks(run, "dense")
+    run.zeros = prune_model(run)
+    keep_results(run, "pruned; the perplexity is being measured")
     try:
-        pruned = measure(run, "pruned perplexity")
+        measure_pruned(run)
+        if run.tasks:
+            keep_results(run, "pruned; the zero-shot tasks are being scored")
+            score_tasks(run, "pruned")
     except BaseException as error:
-        keep_results(run, zeros, dense, None, f"pruned; the perplexity could not be measured: {error!r}")
+        what = "the zero-shot accuracy" if run.pruned else "the perplexity"
+        keep_results(run, f"pruned; {what} could not be measured: {error!r}")
         raise
-    keep_results(run, zeros, dense, pruned)
+    finish(run)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsity`, `ratios` and `steps` join the result, parsed."""
     parser, groups = cli.parser_of(__doc__, "--model MODEL --prune_method METHOD")
     declare(groups)
+    declare_evaluation(groups)
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
     check_method(parser, args)
+    check_evaluation(parser, args)
     check_output(parser, args)
     return args
 
 
 def declare(groups: cli.Groups) -> None:
-    """The flags, in the groups that --help shows."""
+    """The flags, in the groups that --help shows; those of the evaluation come after."""
     cli.add_common_flags(groups)
     cli.add_memory_flags(groups)
-    groups.data.add_argument(
-        "--eval_dataset",
-        default="wikitext2",
-        metavar="TEXT",
-        help="text for the perplexity: wikitext2, c4 or files (default: %(default)s)",
-    )
     groups.model.add_argument(
         "--force", action="store_true", help=f"go on where the dense perplexity is beyond {HOPELESS:g} or not finite"
     )
@@ -153,10 +157,37 @@ def declare(groups: cli.Groups) -> None:
         type=cli.at_least(1),
         default=1,
         metavar="N",
-        help="windows of the perplexity in one forward pass (default: %(default)s)",
+        help="windows of the perplexity, or requests of tasks, in one forward pass (default: %(default)s)",
     )
     groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
     groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
+
+
+def declare_evaluation(groups: cli.Groups) -> None:
+    """The flags about what is measured."""
+    add = groups.evaluation.add_argument
+    add(
+        "--eval_dataset",
+        nargs="+",
+        default=["wikitext2"],
+        metavar="TEXT",
+        help="text for the perplexity, one or several: wikitext2, c4 or files (default: wikitext2)",
+    )
+    add("--no_cache", action="store_true", help="measure the dense perplexity anew, even if an earlier run has kept it")
+    add("--eval_zero_shot", action="store_true", help="accuracy of the pruned model on tasks of lm-evaluation-harness")
+    add("--eval_dense", action="store_true", help="and of the dense model")
+    add(
+        "--tasks",
+        nargs="+",
+        default=zero_shot.TASKS,
+        metavar="TASK",
+        help="of the harness, or of files in --include_path (default: the paper's seven)",
+    )
+    add(
+        "--num_fewshot", type=cli.at_least(0), metavar="K", help="examples before each question (default: the task's own, or 0)"
+    )
+    add("--limit", type=cli.number_above(0), metavar="N", help="questions of each task; below 1 a share of them (default: all)")
+    add("--include_path", metavar="DIR", help="folder with tasks of your own, in the harness' YAML")
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -177,7 +208,6 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         if method.gradients:
             files.settle(Path(args.gradient_path))
             if not os.path.exists(args.gradient_path):
@@ -207,6 +237,26 @@ def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         setattr(args, flag, getattr(args.steps, name))
 
 
+def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with `parser.error` if a text cannot be read, or zero-shot tasks are asked for in vain."""
+    args.eval_dataset = list(dict.fromkeys(args.eval_dataset))
+    args.tasks = [name for names in args.tasks for name in names.split(",") if name]
+    optional = ("eval_dense", "num_fewshot", "limit", "include_path")
+    needless = [flag for flag in optional if getattr(args, flag) is not None and getattr(args, flag) is not False]
+    needless += ["tasks"] if args.tasks != zero_shot.TASKS else []
+    if needless and not args.eval_zero_shot:
+        parser.error(f"--{needless[0]} is about the tasks of --eval_zero_shot: add it")
+    if args.include_path and not Path(args.include_path).is_dir():
+        parser.error(f"--include_path {args.include_path} is not a folder: give the one that holds the tasks' YAML files")
+    try:
+        for source in args.eval_dataset:
+            sources.check_source(source, args.data_dir, "evaluation")
+        if args.eval_zero_shot:
+            zero_shot.require()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
     if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
@@ -223,7 +273,7 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 @dataclass
 class Run:
-    """What `prepare` hands to the other steps."""
+    """What `prepare` hands to the other steps, and what they find."""
 
     args: argparse.Namespace
     decoder: Decoder
@@ -233,25 +283,32 @@ class Run:
     asked: float  # the share of zeros that the targets ask for
     gradients: GradientNorms | None
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
-    evaluation: torch.Tensor  # (m, T)
+    evaluation: dict[str, torch.Tensor]  # text -> (m, T)
+    tasks: zero_shot.Tasks | None
     phases: report.Phases
     weights: str  # which the dense model's are, a checksum
     errors: dict[int, Errors] = field(default_factory=dict)  # of the blocks whose surviving weights change
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
 
+    dense: dict[str, float] = field(default_factory=dict)  # text -> perplexity
+    reused: set[str] = field(default_factory=set)  # texts whose dense perplexity an earlier run has measured
+    zeros: Zeros = field(default_factory=dict)
+    pruned: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, dict] = field(default_factory=dict)  # "dense", "pruned" -> zero-shot results
+
     @property
     def settings(self) -> dict:
         """What the results depend on, as results.json has it: flags, the weights, versions."""
-        flags = {
-            name: value for name, value in vars(self.args).items() if name not in ("sparsity", "ratios", "folder", "steps")
-        }
+        unflagged = ("sparsity", "ratios", "folder", "steps")
+        flags = {name: value for name, value in vars(self.args).items() if name not in unflagged}
+        if len(self.evaluation) == 1:
+            flags["eval_dataset"] = self.args.eval_dataset[0]  # as it was before there could be several
         return {"flags": flags, "layer_ratios": self.args.ratios, "weights": self.weights, "versions": report.versions()}
 
-    @property
-    def text(self) -> str:
+    def text(self, source: str) -> str:
         """What a perplexity of this run was measured on."""
-        windows, length = self.evaluation.shape
-        return f"on {self.args.eval_dataset}, {windows} windows of {length} tokens"
+        windows, length = self.evaluation[source].shape
+        return f"on {source}, {windows} windows of {length} tokens"
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -270,9 +327,12 @@ def prepare(args: argparse.Namespace) -> Run:
     targets = selection.select(outline, args.sparsity, **chosen)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
-    evaluation = cli.read_evaluation(args, tokenizer)
+    evaluation = {source: cli.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
     calibration = cli.read_calibration(args, tokenizer) if needs_windows(args.prune_method, args.steps) else None
-    cli.check_vocabulary(args, outline, tokenizer, evaluation, calibration)
+    cli.check_vocabulary(args, outline, tokenizer, *evaluation.values(), calibration)
+    tasks = None
+    if args.eval_zero_shot:
+        tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
     streams = (calibration is not None) + (args.reconstruct > 0)
     decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples * streams)
     if decoder.skipped:  # only now known
@@ -294,11 +354,23 @@ def prepare(args: argparse.Namespace) -> Run:
         if calibration is not None:
             cli.compare_samples(args, gradients)
     run = Run(
-        args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, phases, decoder.checksum()[:16]
+        args,
+        decoder,
+        plan,
+        tokenizer,
+        targets,
+        asked,
+        gradients,
+        calibration,
+        evaluation,
+        tasks,
+        phases,
+        decoder.checksum()[:16],
     )
     if parallel.rank() == 0:
         point_out_earlier(run)
-        print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {run.text}", flush=True)
+        texts = "; ".join(map(run.text, evaluation))
+        print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {texts}", flush=True)
     return run
 
 
@@ -318,18 +390,50 @@ def point_out_earlier(run: Run) -> None:
         logger.warning("the earlier pruned checkpoint in %s is replaced when this run has its own: %s", model, changed)
 
 
-def measure(run: Run, name: str) -> float:
-    """The perplexity of the model as it is now; `name` is that of the phase."""
-    group = run.plan.group(len(run.evaluation), 1) if run.plan.streamed else 1
-    with run.phases(name):
-        value = perplexity(run.decoder, run.evaluation, batch=run.args.batch_size, group=group, progress=name)
-    if parallel.rank() == 0 and name.startswith("dense"):
-        print(f"{name} {value:.4f} {run.text}", flush=True)
-    return value
+def measure_dense(run: Run) -> None:
+    """The dense perplexities, from an earlier run where it has kept them; see `refuse_hopeless`."""
+    place, first = kept.folder(run.args.cache_dir), parallel.rank() == 0
+    with run.phases("dense perplexity"):
+        conditions = kept.conditions(run.decoder) if first else {}
+        for source, windows in run.evaluation.items():
+            earlier = kept.find(place, conditions, windows) if first and not run.args.no_cache else None
+            earlier = parallel.gather(earlier)[0]  # all or none
+            if earlier is None:
+                run.dense[source] = measure(run, source, "dense perplexity")
+            else:
+                run.dense[source] = earlier
+                run.reused.add(source)
+                logger.info("the dense perplexity %s is an earlier run's, --no_cache measures it anew", run.text(source))
+            if first:
+                print(f"dense perplexity {run.dense[source]:.4f} {run.text(source)}", flush=True)
+            refuse_hopeless(run, source)
+            if first and earlier is None:
+                kept.keep(place, conditions, windows, run.dense[source], run.text(source))
 
 
-def refuse_hopeless(run: Run, dense: float) -> None:
-    """Raise ValueError if the dense perplexity says that nothing measured from here on would mean anything."""
+def measure_pruned(run: Run) -> None:
+    """The perplexities of the pruned model."""
+    with run.phases("pruned perplexity"):
+        run.pruned = {source: measure(run, source, "pruned perplexity") for source in run.evaluation}
+
+
+def measure(run: Run, source: str, name: str) -> float:
+    """The perplexity on one text of the model as it is now."""
+    windows = run.evaluation[source]
+    group = run.plan.group(len(windows), 1) if run.plan.streamed else 1
+    progress = name if len(run.evaluation) == 1 else f"{name} on {source}"
+    return perplexity(run.decoder, windows, batch=run.args.batch_size, group=group, progress=progress)
+
+
+def score_tasks(run: Run, name: str) -> None:
+    """The zero-shot accuracies of the model as it is now, "dense" or "pruned"."""
+    with run.phases(f"{name} zero-shot"):
+        run.accuracy[name] = zero_shot.evaluate(run.decoder, run.tokenizer, run.tasks, run.args.batch_size)
+
+
+def refuse_hopeless(run: Run, source: str) -> None:
+    """Raise ValueError if a dense perplexity says that nothing measured from here on would mean anything."""
+    dense = run.dense[source]
     if dense <= HOPELESS or run.args.force:
         return
     reasons = (
@@ -347,7 +451,7 @@ def refuse_hopeless(run: Run, dense: float) -> None:
             overflow = "which is hardly too small for it: weights may be NaN or infinite"
         reasons = f"it was computed in {dtype}, {overflow}. Otherwise, {reasons}"
     raise ValueError(
-        f"the dense perplexity is {dense:.4g} {run.text}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; "
+        f"the dense perplexity is {dense:.4g} {run.text(source)}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; "
         "--force goes on all the same"
     )
 
@@ -393,44 +497,66 @@ def prune_model(run: Run) -> Zeros:
     return zeros
 
 
-def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None, status: str = "complete") -> None:
-    """Write results.json and print the end of the run; without the pruned perplexity, keep what there is so far."""
+def keep_results(run: Run, status: str) -> dict:
+    """Write what there is so far to results.json and beside it, if that is asked for; returns it as it is written."""
     args, decoder = run.args, run.decoder
-    processes, first = parallel.world(), parallel.rank() == 0
-    if pruned is not None:
-        parallel.stop()
+    perplexities = [
+        {
+            "dense": run.dense[source],
+            "pruned": run.pruned.get(source),
+            "dataset": source,
+            "windows": len(windows),
+            "dense_reused": source in run.reused,
+        }
+        for source, windows in run.evaluation.items()
+    ]
+    results = {
+        "status": status,
+        **run.settings,
+        "dtype": str(decoder.model.dtype).removeprefix("torch."),
+        "device": str(decoder.device),
+        "streamed": run.plan.streamed,
+        "skipped_blocks": sorted(decoder.skipped),
+        "processes": parallel.world(),
+        "perplexity": perplexities[0],
+        **({"perplexities": perplexities} if len(perplexities) > 1 else {}),
+        **({"zero_shot": run.accuracy} if run.accuracy else {}),
+        "sparsity": share_of_zeros(run.zeros),
+        "sparsity_asked": run.asked,
+        "sparsity_by_block": report.by_linear(run.zeros),
+        "errors_by_block": report.errors_by_linear(run.errors),
+        "dense": decoder.dense(),
+        "took_no_part": [
+            f"{decoder.prefixes[i]}{name}" for i, names in run.targets.items() for name in names if not run.zeros[i][name][0]
+        ],
+        "phases": run.phases.record,
+    }
+    if args.save and parallel.rank() == 0:
+        report.write(args.save, results, run.zeros, run.errors)
+    return results
+
+
+def finish(run: Run) -> None:
+    """Write and print the end of the run; its last lines are the result."""
+    args, first = run.args, parallel.rank() == 0
+    results = keep_results(run, "complete")
+    parallel.stop()
     if not first:
         return
-    sparsity = share_of_zeros(zeros)
-    if args.save:
-        results = {
-            "status": status,
-            **run.settings,
-            "dtype": str(decoder.model.dtype).removeprefix("torch."),
-            "device": str(decoder.device),
-            "streamed": run.plan.streamed,
-            "skipped_blocks": sorted(decoder.skipped),
-            "processes": processes,
-            "perplexity": {"dense": dense, "pruned": pruned, "dataset": args.eval_dataset, "windows": len(run.evaluation)},
-            "sparsity": sparsity,
-            "sparsity_asked": run.asked,
-            "sparsity_by_block": report.by_linear(zeros),
-            "errors_by_block": report.errors_by_linear(run.errors),
-            "dense": decoder.dense(),
-            "took_no_part": [
-                f"{decoder.prefixes[i]}{name}" for i, names in run.targets.items() for name in names if not zeros[i][name][0]
-            ],
-            "phases": run.phases.record,
-        }
-        report.write(args.save, results, zeros, run.errors)
-    if pruned is None:
-        return
-    print(f"sparsity {sparsity:.4f}")
-    print(f"pruned perplexity {pruned:.4f} (dense {dense:.4f}) {run.text}")
-    if args.save:
-        print(f"log.txt, results.json and sparsity.png saved in {args.save}")
     if args.save_model:
-        print(f"pruned checkpoint saved in {args.save_model}")
+        card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None)
+    saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
+    saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []
+    logger.info("summary\n%s", tables.summary(results, saved))
+    if len(run.evaluation) > 1:
+        print(tables.perplexities(results))
+    if run.accuracy:
+        print(tables.zero_shot(results))
+    text = args.eval_dataset[0]
+    print(f"sparsity {results['sparsity']:.4f}")
+    print(f"pruned perplexity {run.pruned[text]:.4f} (dense {run.dense[text]:.4f}) {run.text(text)}")
+    for line in saved:
+        print(line)
 
 
 if __name__ == "__main__":

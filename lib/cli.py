@@ -40,6 +40,7 @@ class Groups(NamedTuple):
     model: argparse._ArgumentGroup
     data: argparse._ArgumentGroup
     method: argparse._ArgumentGroup
+    evaluation: argparse._ArgumentGroup
     memory: argparse._ArgumentGroup
     output: argparse._ArgumentGroup
 
@@ -224,11 +225,12 @@ def read_calibration(args: argparse.Namespace, tokenizer) -> torch.Tensor:
     )
 
 
-def read_evaluation(args: argparse.Namespace, tokenizer) -> torch.Tensor:
-    """The windows (m, T) of --eval_dataset; `settle_bos` comes first."""
+def read_evaluation(args: argparse.Namespace, tokenizer, source: str) -> torch.Tensor:
+    """The windows (m, T) that a perplexity on `source` is measured on; `settle_bos` comes first."""
     bos = _bos(args, tokenizer)
-    docs = sources.documents(args.eval_dataset, args.data_dir, "evaluation", args.cache_dir, args.text_column)
-    return windows_of(windows.evaluation_tokens(docs, tokenizer, args.eval_dataset, bos), args.seq_length, bos)
+    docs = sources.documents(source, args.data_dir, "evaluation", args.cache_dir, args.text_column)
+    found = windows_of(windows.evaluation_tokens(docs, tokenizer, source, bos), args.seq_length, bos)
+    return found[: windows.EVALUATION_WINDOWS.get(source)]
 
 
 def _bos(args: argparse.Namespace, tokenizer) -> int | None:
@@ -345,7 +347,7 @@ def set_up_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for name in ("httpx", "httpcore", "accelerate", "fsspec", "filelock", "matplotlib"):
+    for name in ("httpx", "httpcore", "accelerate", "fsspec", "filelock", "matplotlib", "lm_eval"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("datasets", "transformers", "huggingface_hub"):  # which print their lines themselves: here once, as all others
         library = logging.getLogger(name)

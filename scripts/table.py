@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     outline, tokenizer = cli.open_model(args)
     cli.settle_bos(args, outline, tokenizer)
     calibration = cli.read_calibration(args, tokenizer)
-    evaluation = cli.read_evaluation(args, tokenizer)[: args.windows]
+    evaluation = cli.read_evaluation(args, tokenizer, args.eval_dataset)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
         cli.compare_samples(args, gradients)

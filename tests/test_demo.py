@@ -1,8 +1,15 @@
 """The slow tier: a real model, real text (scripts/fetch_demo.py)."""
 
+import json
+import subprocess
+import sys
+
+import own_task
 import pytest
 import torch
 from conftest import DEMO, ROOT, needs_demo
+from own_task import needs_harness
+from test_commands import run
 from test_prune import gradient_of, naive_prune
 from test_walk import autograd_norms, largest_difference, ours
 from torch import nn
@@ -123,3 +130,30 @@ def test_perplexity_orders_as_in_the_paper(norms, windows, evaluation):
     assert found["dense"] < min(found[method] for method in METHODS)
     assert found["magnitude"] > 3 * max(found[method] for method in METHODS if method != "magnitude")
     assert found["gblm"] < 1.02 * found["wanda"]
+
+
+@needs_harness
+def test_zero_shot_equals_the_harness_command_line(tmp_path):
+    """Scored in the run that prunes, and by `lm_eval run` on what it has saved."""
+    tasks, text = own_task.write(tmp_path), tmp_path / "text.txt"
+    text.write_text(json.loads((ROOT / "demo" / "evaluation.jsonl").read_text().splitlines()[0])["text"][:8000])
+    run(
+        "main.py", "--model", DEMO, "--prune_method", "magnitude", "--sparsity_ratio", 0.3, "--dtype", "float32", "--device", "cpu",
+        "--dataset", text, "--eval_dataset", text, "--seq_length", 512, "--cache_dir", tmp_path / "cache", "--eval_zero_shot", "--eval_dense",
+        "--tasks", own_task.NAME, "--include_path", tasks, "--save", tmp_path / "out", "--save_model", tmp_path / "out" / "model",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["zero_shot"]
+    for name, folder in (("dense", DEMO), ("pruned", tmp_path / "out" / "model")):
+        command = [
+            sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
+            "--tasks", own_task.NAME, "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / name),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (file,) = (tmp_path / name).rglob("results_*.json")
+        expected = json.loads(file.read_text())["results"][own_task.NAME]
+        scored = found[name]["tasks"][own_task.NAME]
+        for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "brier_score"):
+            assert scored[metric] == expected[f"{metric},none"], f"{name} {metric}"
+    assert found["dense"]["mean"] > 0.6
+    assert found["dense"]["tasks"][own_task.NAME]["brier_score"] != found["pruned"]["tasks"][own_task.NAME]["brier_score"]

@@ -246,7 +246,8 @@ def test_help_says_what_every_flag_does_in_80_columns(script, monkeypatch):
     assert [line for line in parser.format_help().splitlines() if len(line) > HELP_WIDTH] == []
     if name_of(script) in ("main.py", "gradient_computation.py"):
         sections = re.findall(r"^(\w+):$", parser.format_help(), re.MULTILINE)
-        assert sections == ["options", "model", "data", "method", "memory", "output", "example"]
+        own = ["evaluation"] if script.name == "main.py" else []
+        assert sections == ["options", "model", "data", "method", *own, "memory", "output", "example"]
 
 
 # Commands
@@ -323,10 +324,12 @@ def make_files(namespace: argparse.Namespace, folder: Path) -> None:
         if values.get(name):
             (folder / values[name]).mkdir(parents=True, exist_ok=True)
     for name in ("dataset", "eval_dataset", "layer_ratios"):
-        if values.get(name) and Path(values[name]).suffix:
-            file = folder / values[name]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"0": 0.3}) if name == "layer_ratios" else json.dumps({"text": "text"}))
+        given = values.get(name) or []
+        for value in given if isinstance(given, list) else [given]:
+            if Path(value).suffix:
+                file = folder / value
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps({"0": 0.3}) if name == "layer_ratios" else json.dumps({"text": "text"}))
     if values.get("data_dir"):
         from lib.data.sources import HUB
 

@@ -116,7 +116,7 @@ def test_results_say_when_the_pruned_perplexity_is_missing(wanda, tmp_path, monk
 
     monkeypatch.setattr(pruning, "perplexity", perplexity)
     with pytest.raises(RuntimeError):
-        pruned(*wanda, "--seed", 1, "--save_model", tmp_path / "model")
+        pruned(*wanda, "--no_cache", "--seed", 1, "--save_model", tmp_path / "model")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert seen[0]["status"] == "pruned; the perplexity is being measured" and seen[0]["flags"]["seed"] == 1
     assert results["status"] == "pruned; the perplexity could not be measured: RuntimeError('out of memory')"

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 JOINED = {"wikitext2": " "}  # corpora whose rows are paragraphs, not documents: calibration text is their rows joined with this
 C4_EVALUATION_DOCUMENTS = 1100  # of the validation shard's 45 thousand, as published code evaluates it
+EVALUATION_WINDOWS = {"c4": 256}  # at most so many of a corpus, likewise
 PATIENCE = 1000  # draws without a long enough document before the corpus is searched for one
 
 
@@ -54,9 +55,9 @@ def calibration_windows(
 
 
 def evaluation_tokens(docs: Iterable[Document], tokenizer, source: str = "", bos: int | None = None) -> torch.Tensor:
-    """The documents joined with blank lines and tokenized once: (n_tokens,) int64."""
+    """The documents joined with blank lines, c4's first 1100 with spaces, and tokenized once: (n_tokens,) int64."""
     if source == "c4":
-        docs = islice(docs, C4_EVALUATION_DOCUMENTS)
+        return _joined(islice(docs, C4_EVALUATION_DOCUMENTS), tokenizer, " ", bos).long()
     return _joined(docs, tokenizer, "\n\n", bos).long()
 
 

@@ -148,6 +148,23 @@ class Decoder:
                 set_module_tensor_to_device(block, name, "meta")
             trim_heap()
 
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """Inside the context, the model's own forward works; of a streamed one, each block is read when it comes to it."""
+
+        def read_first(i: int, forward):
+            def run(*args, **kwargs):
+                with self.resident(i):
+                    return forward(*args, **kwargs)
+
+            return run
+
+        if self.source is None:
+            yield self.model
+        else:
+            with self._blocks_replaced([read_first(i, block.forward) for i, block in enumerate(self.blocks)]):
+                yield self.model
+
     @torch.no_grad()
     def enter(self, tokens: torch.Tensor) -> State:
         """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""

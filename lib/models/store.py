@@ -104,7 +104,8 @@ class Store:
     def _shard(self, file: str) -> SafetensorsFile:
         """The copy of a dense file, made when it is first needed."""
         if file not in self.shards:
-            metadata = {"pruned_by": PRUNED_BY, "files": json.dumps(sorted(self.others))}
+            # The model card is an earlier checkpoint's own, even if the dense model had none.
+            metadata = {"pruned_by": PRUNED_BY, "files": json.dumps(sorted({*self.others, "README.md"}))}
             if self.updated:
                 metadata["updated"] = "true"
             source, target = self.dense.checkpoint.shards[file], self.partial / _safetensors_name(file)
