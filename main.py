@@ -107,6 +107,7 @@ def declare(groups: cli.Groups) -> None:
         help="windows of the perplexity in one forward pass (default: %(default)s)",
     )
     groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--plots", action="store_true", help="also sparsity and seconds as PNG and PDF, to --save")
     groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
 
 
@@ -147,6 +148,8 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
     if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
+    if args.plots and not args.save:
+        parser.error("--plots go to the folder of --save: add it")
     for flag in ("save", "save_model"):
         try:
             report.check_writable(getattr(args, flag))
@@ -312,7 +315,7 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None) -> 
             "sparsity_by_block": report.by_linear(zeros),
             "phases": run.phases.record,
         }
-        report.write(args.save, results, zeros)
+        report.write(args.save, results, args.plots)
     if pruned is None:
         return
     print(f"sparsity {sparsity:.4f}")

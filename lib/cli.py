@@ -250,7 +250,17 @@ def set_up_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for name in ("httpx", "httpcore", "datasets", "transformers", "accelerate", "fsspec", "filelock", "matplotlib"):
+    for name in (
+        "httpx",
+        "httpcore",
+        "datasets",
+        "transformers",
+        "accelerate",
+        "fsspec",
+        "filelock",
+        "matplotlib",
+        "fontTools",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").handlers.clear()  # its lines come here as well
     logging.captureWarnings(True)

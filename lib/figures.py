@@ -26,7 +26,13 @@ CELLS = 192  # of a mask's image, along each side, at most; the weights of a cel
 Line = Sequence[tuple[float, float, float]]  # (x, y, standard deviation of y), in the order of x
 
 
-def save(draw: Callable, path: str | Path, size: tuple[float, float], themes: Sequence[str] = ("light",)) -> list[Path]:
+def save(
+    draw: Callable,
+    path: str | Path,
+    size: tuple[float, float],
+    themes: Sequence[str] = ("light",),
+    ends: Sequence[str] = (".png", ".pdf"),
+) -> list[Path]:
     """Draw on a figure of `size` inches and write PATH.png and PATH.pdf, of the dark theme PATH-dark.png and so on."""
     import matplotlib  # on demand: it takes a second that most runs need not spend
     from matplotlib.figure import Figure  # not pyplot: it keeps every figure of the process alive
@@ -45,7 +51,8 @@ def save(draw: Callable, path: str | Path, size: tuple[float, float], themes: Se
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
             stem = f"{path}{'' if theme == 'light' else f'-{theme}'}"
-            for end, metadata in ((".png", {}), (".pdf", {"CreationDate": None})):  # equal figures are equal bytes
+            for end in ends:
+                metadata = {"CreationDate": None} if end == ".pdf" else {}  # equal figures are equal bytes
                 figure.savefig(stem + end, dpi=DPI, metadata=metadata)
                 written.append(Path(stem + end))
     return written
@@ -70,7 +77,9 @@ def looks_of(names: Sequence[str]) -> dict[str, dict]:
     return looks
 
 
-def perplexity_lines(figure, lines: Mapping[str, Line], xlabel: str, *, level: Mapping[str, float], log_x: bool = False) -> None:
+def perplexity_lines(
+    figure, lines: Mapping[str, Line], xlabel: str, *, level: Mapping[str, float], log_x: bool = False
+) -> None:
     """Perplexity against something, a line for each name; `level`: {name: perplexity} of horizontal lines."""
     axes = figure.subplots()
     _draw_lines(axes, lines, level, log_x)
@@ -89,7 +98,7 @@ def perplexity_panels(figure, panels: Mapping[str, tuple[Mapping[str, Line], Map
 
 
 def _draw_lines(axes, lines: Mapping[str, Line], level: Mapping[str, float], log_x: bool) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     looks = looks_of([*lines, *level])
     for name, line in lines.items():
@@ -101,8 +110,8 @@ def _draw_lines(axes, lines: Mapping[str, Line], level: Mapping[str, float], log
     values = [y for line in lines.values() for _, y, _ in line] + list(level.values())
     if max(values) > 5 * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if max(values) > 500 * min(values) else (1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if log_x:
         axes.set_xscale("log")

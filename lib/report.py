@@ -1,4 +1,4 @@
-"""What a run leaves behind: log.txt as published, results.json, a plot; and the time and memory each phase took."""
+"""What a run leaves behind: log.txt as published, results.json, plots; and the time and memory each phase took."""
 
 import json
 import logging
@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from lib import figures
+
 logger = logging.getLogger(__name__)
 
+SIZE = (figures.PAGE, 2.6)  # inches, of sparsity.png
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
 
@@ -67,31 +70,20 @@ def _peak_host() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write(folder: str, results: dict, zeros: dict) -> None:
-    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt into `folder`.
-
-    `zeros` is what `prune.prune` returned.
-    """
+def write(folder: str, results: dict, plots: bool = False) -> None:
+    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt and the other `plots` into `folder`."""
     path = Path(folder)
     if (pruned := results["perplexity"]["pruned"]) is not None:
         (path / "log.txt").write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n")
     (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    _plot(path / "sparsity.png", zeros)
+    ends = (".png", ".pdf") if plots else (".png",)
+    zeros = results["sparsity_by_block"]
+    figures.save(lambda figure: figures.blocks(figure, zeros, "share of zeros"), path / "sparsity", SIZE, ends=ends)
+    if plots and pruned is not None:
+        seconds = {"": {name: phase["seconds"] for name, phase in results["phases"].items()}}
+        figures.save(lambda figure: figures.phases(figure, seconds), path / "seconds", (SIZE[0], 1.4))
 
 
 def by_linear(zeros: dict) -> dict[str, dict[str, float]]:
     """{block: {linear: sparsity}}, for JSON."""
     return {str(i): {name: zero / total for name, (zero, total) in linears.items()} for i, linears in zeros.items()}
-
-
-def _plot(path: Path, zeros: dict) -> None:
-    from matplotlib.figure import Figure  # not pyplot: it keeps every figure of the process alive
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(name for linears in zeros.values() for name in linears):  # blocks may differ in their linears
-        points = {i: 100 * zero / total for i, linears in zeros.items() if name in linears for zero, total in [linears[name]]}
-        axes.plot(list(points), list(points.values()), label=name)
-    axes.set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=120)

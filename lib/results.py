@@ -16,6 +16,7 @@ LEFT_OUT = (
     "grad_norm", "grad_exponent", "force", "plots", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
 )  # fmt: skip
 FIRST = ("model", "method", "pattern", "ratio", "alpha", "norm", "nsamples", "seq_length", "dataset", "eval_dataset")
+OF_SOME = ("pattern", "ratio", "alpha", "norm")  # not all methods, counting the dense model, have these
 FORMS = {"gradient_inv": "inverse", "use_variant": "variant"}  # flags that make another method of one
 
 
@@ -74,17 +75,12 @@ def by_settings(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def varying(runs: Iterable[Run]) -> list[str]:
-    """The settings in which runs differ, in the order of `FIRST`."""
-    values: dict[str, set[str]] = {}
+    """The settings in which runs differ, in the order of `FIRST`. That a method has no alpha is no difference."""
+    values: dict[str, set] = {}
     runs = list(runs)
     for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values[name] = {json.dumps(run.settings.get(name)) for run in runs if not _says_nothing(run, name)}
+        values[name] = {json.dumps(run.settings.get(name)) for run in runs} - ({"null"} if name in OF_SOME else set())
     return [name for name, found in values.items() if len(found) > 1]
-
-
-def _says_nothing(run: Run, name: str) -> bool:
-    """Whether a setting is one of pruning, and nothing was pruned."""
-    return run.settings["method"] == "dense" and name != "method"
 
 
 def _files(place: Path) -> list[Path]:
@@ -137,9 +133,10 @@ def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **mor
     own |= {
         "model": Path(flags["model"]).name,
         "method": " ".join([method, *forms, *filter(None, [own.pop("recipe", None)])]),
-        "pattern": pattern,
+        "pattern": pattern or None,
         "ratio": None if ratio is None else round(ratio, 4),
         "alpha": own.get("alpha") if method == "gblm" and "inverse" not in forms else None,
         "norm": norm[1] if norm and method in ("gradient", "gblm") else None,
     }
-    return {name: own.get(name) for name in (*FIRST, *sorted(own.keys() - FIRST))}
+    whole = {name: int(value) for name, value in own.items() if isinstance(value, float) and value.is_integer()}
+    return {name: (own | whole).get(name) for name in (*FIRST, *sorted(own.keys() - set(FIRST)))}  # 100.0 and 100 are one alpha

@@ -37,9 +37,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--where", nargs="+", default=[], metavar="NAME=VALUES", help="only these runs: seed=0, method=gblm,wanda, alpha=,100"
     )
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="(default: what differs between runs, and all that is measured)")
     parser.add_argument(
-        "--output", type=Path, default=Path("out/results"), metavar="NAME", help="of NAME.md and NAME.csv (default: %(default)s)"
+        "--columns", nargs="+", metavar="NAME", help="(default: what differs between runs, and all that is measured)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/results"),
+        metavar="NAME",
+        help="of NAME.md and NAME.csv (default: %(default)s)",
     )
     parser.add_argument("--fill", nargs="+", type=Path, default=[], metavar="PAGE", help="make the tables of these pages anew")
     args = parser.parse_args(argv)
@@ -153,7 +159,11 @@ def write_csv(path: Path, groups: list[list[Run]], columns: list[str] | None) ->
     for group in groups:
         values = [run.perplexity for run in group]
         row = {name: setting(group[0], name) for name in settings}
-        row |= {"seeds": " ".join(str(run.seed) for run in group), "dense": group[0].dense, "perplexity": statistics.mean(values)}
+        row |= {
+            "seeds": " ".join(str(run.seed) for run in group),
+            "dense": group[0].dense,
+            "perplexity": statistics.mean(values),
+        }
         row |= {"perplexity_std": statistics.stdev(values) if len(values) > 1 else None, "sparsity": group[0].sparsity}
         row |= {f"seconds_{name}": value for name, value in seconds_of(group).items()}
         rows.append(row | {"peak_gb": max((run.peak_gb or 0 for run in group), default=None)})

@@ -51,7 +51,9 @@ def kept(decoder: Decoder, linear: str) -> np.ndarray:
     for i, prefix in enumerate(decoder.prefixes):
         names |= {prefix + name: (prefix, matrix) for name, matrix in (decoder.linears(i) | decoder.routers(i)).items()}
     if linear not in names:
-        raise ValueError(f"--linear {linear} is none of the {len(names)} linears: they are called {next(iter(names))} and so on")
+        raise ValueError(
+            f"--linear {linear} is none of the {len(names)} linears: they are called {next(iter(names))} and so on"
+        )
     prefix, matrix = names[linear]
     tensor = decoder.source[prefix + matrix.tensor_name]
     return (matrix.oriented(tensor if matrix.index is None else tensor[matrix.index]) != 0).numpy()
@@ -69,7 +71,9 @@ def main(args: argparse.Namespace) -> None:
     first, *others = masks.values()
     for other in others:
         if other.shape != first.shape:
-            raise ValueError(f"{args.linear} is {first.shape} in one checkpoint and {other.shape} in the other: compare one model's")
+            raise ValueError(
+                f"{args.linear} is {first.shape} in one checkpoint and {other.shape} in the other: compare one model's"
+            )
         print(f"{(first == other).mean():.4f} of the mask's bits are equal")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     width = figures.COLUMN * len(masks)

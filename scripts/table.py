@@ -54,7 +54,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="N:M, N removed of every M, or unstructured (default: unstructured 4:8 2:4)",
     )
     add(
-        "--ratios", nargs="+", type=float, default=[0.5], metavar="SHARE", help="to remove if unstructured, a row each (default: 0.5)"
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[0.5],
+        metavar="SHARE",
+        help="to remove if unstructured, a row each (default: 0.5)",
     )
     add("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], metavar="ALPHA", help="of gblm, a row each (default: 100)")
     add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")

@@ -16,7 +16,9 @@ ARROWS = {
     "data": {"hub"},
     "hub": set(),
     "parallel": set(),
-    "report": {"parallel", "models", "pruning"},
+    "figures": set(),
+    "results": set(),
+    "report": {"figures", "parallel", "models", "pruning"},
     "cli": {"data", "hub", "parallel", "report", "models", "gradients", "pruning", "evaluation"},
 }
 MODULES = sorted((ROOT / "lib").rglob("*.py"))
