@@ -144,17 +144,13 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
-    if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
-        parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
-    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
-        parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     if args.plots and not args.save:
         parser.error("--plots go to the folder of --save: add it")
-    for flag in ("save", "save_model"):
-        try:
-            report.check_writable(getattr(args, flag))
-        except OSError as error:
-            parser.error(f"--{flag} cannot be written: {error}")
+    cli.check_save_model(parser, args)
+    try:
+        report.check_writable(args.save)
+    except OSError as error:
+        parser.error(f"--save cannot be written: {error}")
 
 
 @dataclass

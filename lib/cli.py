@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,11 +13,11 @@ import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import parallel
+from lib import parallel, report
 from lib.data import sources, windows
 from lib.evaluation.perplexity import windows_of
 from lib.gradients.folder import GradientNorms
-from lib.models import loading, memory
+from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,18 @@ def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         sources.check_source(args.dataset, args.data_dir)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+
+
+def check_save_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with `parser.error` if --save_model would replace weights that are not this project's."""
+    if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
+        parser.error("--save_model is the folder of --model: its weights would be lost, choose another")
+    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
+        parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
+    try:
+        report.check_writable(args.save_model)
+    except OSError as error:
+        parser.error(f"--save_model cannot be written: {error}")
 
 
 def start(args: argparse.Namespace) -> torch.device:
