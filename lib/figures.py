@@ -21,7 +21,7 @@ ON_DARK = {"#0072B2": "#56B4E9"}
 OTHERS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 MARKERS = "osD^vPX*<>"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
-CELLS = 192  # of a mask's image, along each side, at most; the weights of a cell are averaged
+CELLS = 144  # of a mask's image, along each side, at most; the weights of a cell are averaged
 
 Line = Sequence[tuple[float, float, float]]  # (x, y, standard deviation of y), in the order of x
 
@@ -150,28 +150,45 @@ def phases(figure, seconds: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def masks(figure, kept: Mapping[str, np.ndarray]) -> None:
-    """Masks (out, in), True where a weight is kept, side by side; above and beside each, the share kept of its inputs and outputs."""
-    grid = figure.add_gridspec(2, 2 * len(kept) + 1, width_ratios=[*[4, 1] * len(kept), 0.25], height_ratios=[1, 4])
-    for k, (name, mask) in enumerate(kept.items()):
-        rows, columns = mask.shape
-        image = figure.add_subplot(grid[1, 2 * k])
-        above = figure.add_subplot(grid[0, 2 * k], sharex=image)
-        beside = figure.add_subplot(grid[1, 2 * k + 1], sharey=image)
-        cells = _averaged(mask)
-        shown = image.imshow(
-            cells, cmap="viridis", vmin=0, vmax=1, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest"
-        )
-        image.set(xlabel="input", ylabel="output" if k == 0 else "")
-        for axes, values, along in ((above, mask.mean(axis=0), "x"), (beside, mask.mean(axis=1), "y")):
-            positions = np.arange(len(values)) + 0.5
-            points = (positions, values) if along == "x" else (values, positions)
-            axes.plot(*points, color=COLOURS["gblm"], linewidth=0.4)
-            axes.tick_params(**{f"label{'bottom' if along == 'x' else 'left'}": False})
-            (axes.set_ylim if along == "x" else axes.set_xlim)(0, 1)
-        above.set(title=f"{name}\nspread over inputs {mask.mean(axis=0).std():.3f}", ylabel="share kept" if k == 0 else "")
-        beside.set(xlabel="share kept")
-        image.grid(visible=False)
-    figure.colorbar(shown, cax=figure.add_subplot(grid[1, -1]), label="share of weights kept")
+    """Masks (out, in), True where a weight is kept, with the share kept of every input (above) and output (beside).
+
+    Two masks are side by side, and where they differ is a third image, on a scale of its own.
+    """
+    images = dict(kept)
+    if len(kept) == 2:
+        first, second = kept.values()
+        images["where they differ"] = first != second
+    for k, (part, (name, mask)) in enumerate(
+        zip(figure.subfigures(1, len(images), squeeze=False)[0], images.items(), strict=True)
+    ):
+        _draw_mask(part, name, mask, differs=k >= len(kept))
+
+
+def _draw_mask(figure, name: str, mask: np.ndarray, differs: bool) -> None:
+    grid = figure.add_gridspec(3, 2, width_ratios=[4, 1], height_ratios=[1, 4, 0.2])
+    image = figure.add_subplot(grid[1, 0])
+    above, beside = figure.add_subplot(grid[0, 0], sharex=image), figure.add_subplot(grid[1, 1], sharey=image)
+    rows, columns = mask.shape
+    cells, inputs, outputs = _averaged(mask), mask.mean(axis=0), mask.mean(axis=1)
+    limits = {"vmin": 0, "vmax": (cells.max() or 1) if differs else 1}
+    shown = image.imshow(cells, cmap="viridis", extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest", **limits)
+    image.set(xlabel="input", ylabel="output", xlim=(0, columns), ylim=(rows, 0))
+    image.grid(visible=False)
+    image.locator_params(nbins=4)
+    line = {"color": COLOURS["gblm"], "linewidth": 0.4}
+    above.plot(np.arange(columns) + 0.5, inputs, **line)
+    beside.plot(outputs, np.arange(rows) + 0.5, **line)
+    above.tick_params(labelbottom=False)
+    beside.tick_params(labelleft=False)
+    for values, limit, ticks in ((inputs, above.set_ylim, above.set_yticks), (outputs, beside.set_xlim, beside.set_xticks)):
+        end = float(f"{values.max():.1g}") or 1.0 if differs else 1.0
+        limit(0, max(end, values.max()))
+        ticks([0, end], labels=["0", f"{end:g}"])
+    above.set_title(f"{name}\n{100 * mask.mean():.2f} %" if differs else f"{name}\nkept {100 * mask.mean():.1f} %")
+    label = "share that differs" if differs else "share of weights kept"
+    figure.colorbar(shown, cax=figure.add_subplot(grid[2, :]), label=label, orientation="horizontal").locator.set_params(
+        nbins=5
+    )
 
 
 def _averaged(mask: np.ndarray) -> np.ndarray:

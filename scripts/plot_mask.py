@@ -4,7 +4,7 @@
         --linear model.layers.5.self_attn.q_proj --against out/wanda/model
 
 PNG and PDF. A large matrix is drawn in cells, each the share of its weights
-that is kept. The spread over inputs is the standard deviation of their shares.
+that is kept. With two checkpoints, where they differ is drawn as well.
 """
 
 import argparse
@@ -76,9 +76,11 @@ def main(args: argparse.Namespace) -> None:
             )
         print(f"{(first == other).mean():.4f} of the mask's bits are equal")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    width = figures.COLUMN * len(masks)
+    width = figures.PAGE if len(masks) > 1 else figures.COLUMN
     themes = ["light", *["dark"] * args.dark]
-    for path in figures.save(lambda figure: figures.masks(figure, masks), args.output, (width, 3.3), themes):
+    for path in figures.save(
+        lambda figure: figures.masks(figure, masks), args.output, (width, 3.1 if len(masks) > 1 else 3.6), themes
+    ):
         print(path)
 
 
