@@ -18,7 +18,7 @@ COLOURS = {
     "gblm": "#D55E00", "wanda": "#0072B2", "sparsegpt": "#009E73", "magnitude": "#CC79A7", "gradient": "#E69F00",
 }  # fmt: skip
 ON_DARK = {"#0072B2": "#56B4E9"}
-OTHERS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
+OTHERS = ("#56B4E9", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#F0E442")
 MARKERS = "osD^vPX*<>"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
 CELLS = 144  # of a mask's image, along each side, at most; the weights of a cell are averaged
@@ -122,11 +122,11 @@ def blocks(figure, by_block: Mapping[str, Mapping[str, float]], ylabel: str) -> 
     axes = figure.subplots()
     names = dict.fromkeys(name for linears in by_block.values() for name in linears)  # blocks may differ in their linears
     looks = looks_of(list(names))
-    for name in names:
+    for k, name in enumerate(names):
         points = [(int(i), linears[name]) for i, linears in by_block.items() if name in linears]
-        axes.plot(*zip(*points, strict=True), label=name, **looks[name])
-    axes.set(xlabel="block", ylabel=ylabel)
-    axes.set_ylim(bottom=0)
+        size = 2 + max(0, 7 - k)  # hollow and smaller and smaller: equal lines are all seen
+        axes.plot(*zip(*points, strict=True), label=name, **looks[name], fillstyle="none", markersize=size)
+    axes.set(xlabel="block", ylabel=ylabel, ylim=(0, 1.1 * max(axes.get_ylim()[1], 1e-6)))
     if len(names) > 12:  # stacks of experts
         axes.set_title(f"{len(names)} matrices")
     else:
@@ -146,7 +146,7 @@ def phases(figure, seconds: Mapping[str, Mapping[str, float]]) -> None:
     axes.set(xlabel="seconds")
     axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=min(3, len(names)))
+    figure.legend(loc="outside upper center", ncols=min(4, len(names)))
 
 
 def masks(figure, kept: Mapping[str, np.ndarray]) -> None:

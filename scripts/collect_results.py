@@ -1,4 +1,4 @@
-"""All results below a folder as one table: Markdown and CSV, mean and standard deviation over seeds.
+"""All results below a folder as one table, Markdown and CSV; means over seeds.
 
     python scripts/collect_results.py out/
     python scripts/collect_results.py out/ --where pattern=2:4 method=gblm,wanda

@@ -1,4 +1,4 @@
-"""The mask of a linear in a pruned checkpoint as an image, with the share that each input and output keeps.
+"""The mask of a linear as an image, with the share each input and output keeps.
 
     python scripts/plot_mask.py out/gblm/model \\
         --linear model.layers.5.self_attn.q_proj --against out/wanda/model

@@ -1,9 +1,10 @@
-"""Figures of results: perplexity against sparsity, the alpha curve, values per block, seconds per phase. PNG and PDF.
+"""Figures of results, as PNG and PDF: perplexity against sparsity and alpha, time.
 
     python scripts/plot_results.py out/ docs/results/demo.jsonl
 
 Results are results.json of main.py, the .jsonl of scripts/table.py, or folders
-of them. What they cannot show is left out, and said. Points are means over
+of them; results.json also give seconds per phase and values per
+block. What they cannot show is left out, and said. Points are means over
 seeds, bars their standard deviation.
 """
 

@@ -1,14 +1,15 @@
-"""What 2:4 buys: seconds of matrix products and of a whole forward pass, and bytes on disk.
+"""What 2:4 buys: seconds of products and of a forward pass, and bytes on disk.
 
     python scripts/speed_2_4.py out/gblm-2-4/model
-    python scripts/speed_2_4.py out/gblm-2-4/model --against demo/SmolLM2-135M-Instruct
+    python scripts/speed_2_4.py out/gblm-2-4/model \\
+        --against demo/SmolLM2-135M-Instruct
 
 Times need a GPU whose tensor cores skip zeros (NVIDIA Ampere or newer), through
-torch's semi-structured tensors; without one, only bytes are measured. "zipped" is
-zstd where there is one (Python 3.14, or pip install zstandard), else zlib.
+torch's semi-structured tensors; without one, only bytes are measured. "zipped"
+is zstd where there is one (Python 3.14, or pip install zstandard), else zlib.
 "packed" is computed, not written: kept values and one bit for each weight (for
 2:4, two bits for each kept value, as the kernels store it). compressed-tensors
-wrote such files until it dropped sparse formats; 0.20 reads none.
+wrote such files until it dropped sparse formats; its 0.20 reads none.
 """
 
 import argparse
