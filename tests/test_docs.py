@@ -32,6 +32,7 @@ HELP_WIDTH = 80
 
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+IMAGE = re.compile(r"""(?:src|srcset)="([^"]+)"|!\[[^\]]*\]\(([^)\s]+)\)""")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 PATH = re.compile(r"((?:lib|tests|scripts|docs)/[\w./]*|[\w]+\.(?:py|sh|md))(?::([\w.]+))?")
 PLACEHOLDERS = {"SEED": "0", "ALPHA": "100", "METHOD": "gblm", "PATTERN": "2:4", "N": "4"}
@@ -67,7 +68,7 @@ def broken_links(page: Path) -> list[str]:
         target = page.parent / file if file else page
         if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
             broken.append(link)
-    return broken
+    return broken + [path for path in map("".join, IMAGE.findall(page.read_text())) if not (page.parent / path).exists()]
 
 
 def missing_symbols(page: str) -> list[str]:
@@ -133,8 +134,10 @@ def test_lines_are_short(page):
 
 def test_the_checks_see_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# One `two`, three: 4:8\n[a](#one-two-three-48) [b](#one) [c](none.md) [d](https://none.example/none)")
-    assert broken_links(page) == ["#one", "none.md"]
+    page.write_text(
+        '# One `two`, three: 4:8\n[a](#one-two-three-48) [b](#one) [c](none.md) [d](https://none.example/none) ![e](f.png) <img src="g.png">'
+    )
+    assert broken_links(page) == ["#one", "none.md", "f.png", "g.png"]
     wrong = [
         "lib/nothing.py",
         "lib/data/sources.py:nothing",
