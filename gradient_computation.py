@@ -9,11 +9,13 @@ for main.py --gradient_path. Every flag is explained in docs/flags.md.
 import argparse
 import hashlib
 import logging
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
-from lib import cli, parallel, report
-from lib.gradients.folder import GradientWriter, folder_of
+from lib import cli, files, parallel, report
+from lib.gradients.folder import GradientNorms, GradientWriter, folder_of, scales_of
 from lib.gradients.walk import NORMS, SCALE, gradient_norms
 from lib.gradients.work import GradientWork
 from lib.models import loading
@@ -29,7 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_memory_flags(groups)
     groups.method.add_argument(
         "--scale",
-        type=cli.positive_float,
+        type=cli.number_above(0),
         default=SCALE,
         help="factor on the gradients, baked into the stored norms (default: %(default)s)",
     )
@@ -55,10 +57,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     groups.output.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
+    least, largest = scales_of(loading.DTYPES[args.norm_dtype])
+    if not least <= args.scale <= largest:
+        other = "" if args.norm_dtype == "float32" else ", or add --norm_dtype float32"
+        parser.error(
+            f"--scale {args.scale:g} is outside {least:.2g} to {largest:.6g}, where a gradient of norm 1 can be stored in "
+            f"{args.norm_dtype}: use the published {SCALE:g}{other}"
+        )
     try:
-        report.check_writable(args.output_dir)
+        files.check_writable(args.output_dir)
     except OSError as error:
-        parser.error(f"--output_dir cannot be written: {error}")
+        parser.error(f"--output_dir cannot be written: {error}: choose another folder")
     return args
 
 
@@ -66,15 +75,13 @@ def main(args: argparse.Namespace) -> None:
     """Windows, model, gradients, folders."""
     device = cli.start(args)
     norms = tuple(sorted(set(args.norms)))
-    outline = loading.outline(args.model, cache_dir=args.cache_dir)
-    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
+    outline, tokenizer = cli.open_model(args)
     cli.settle_bos(args, outline, tokenizer)
     windows = cli.read_calibration(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
     decoder, chosen = cli.load(args, device, outline, sums_per_weight=4 * len(norms), graph=True)
-    group = chosen.group(len(own), len(decoder) + 2) if chosen.streamed else None
 
     provenance = {
         "model": args.model,
@@ -90,52 +97,67 @@ def main(args: argparse.Namespace) -> None:
         "processes": parallel.world(),
         "versions": report.versions(),
     }
+    if args.revision:
+        provenance["revision"] = args.revision
     folders = {norm: folder_of(args.output_dir, args.llama_version, norm, args.model) for norm in norms}
+    for folder in folders.values() if parallel.rank() == 0 else ():
+        point_out_earlier(folder, provenance, decoder)
     settings = {
         **provenance,
         "norms": list(norms),
         "memory": "streamed" if chosen.streamed else "resident",
         "windows": checksum(own),
-        "weights": checksum(decoder),
+        "weights": decoder.checksum(),
     }
     name = folder_of(args.output_dir, args.llama_version, "work", args.model).name
-    work = GradientWork(next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}"), settings, device, args.resume)
-    if work.done:
-        logger.info("going on after %d of %d samples", work.done, len(own))
-    writers = (
-        {norm: GradientWriter(folder, loading.DTYPES[args.norm_dtype]) for norm, folder in folders.items()}
-        if parallel.rank() == 0
-        else {}
+    place = next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}")
+    with GradientWork(place, settings, device, args.resume) as work, ExitStack() as stack:
+        if work.done:
+            logger.info("going on after %d of %d samples", work.done, len(own))
+        writers = {}
+        for norm, folder in folders.items() if parallel.rank() == 0 else ():
+            writers[norm] = stack.enter_context(GradientWriter(folder, loading.DTYPES[args.norm_dtype]))
+        with report.Phases(device)("gradients"):
+            walk = gradient_norms(
+                decoder,
+                own,
+                norms=norms,
+                scale=args.scale,
+                keep_graph=not chosen.streamed,
+                group=chosen.group(len(own), len(decoder) + 2) if chosen.streamed else None,
+                work=work,
+                first=first,
+            )
+            for i, sums in walk:
+                fingerprint = decoder.fingerprint(i)
+                for norm, writer in writers.items():
+                    writer.write_block(i, sums.result(norm), fingerprint)
+        for norm, writer in writers.items():
+            writer.finish({"norm": norm, **provenance, "missing": work.missing})
+            print(
+                f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
+                f"{writer.underflow} became 0, {writer.overflow} were cut)"
+            )
+        parallel.stop()
+        work.remove()
+
+
+def point_out_earlier(folder: Path, provenance: dict, decoder: Decoder) -> None:
+    """Say what of another model or other settings is replaced by the gradients of this run, if anything is."""
+    try:
+        earlier = GradientNorms(folder)
+    except (FileNotFoundError, ValueError):  # nothing that main.py would use
+        return
+    now = {**provenance, "weights": "this model's"}
+    before = {key: earlier.index.get(key) for key in provenance}
+    report.point_out_earlier(
+        folder, {**before, "weights": "this model's" if earlier.is_of(decoder) else "another model's"}, now
     )
-    phases = report.Phases(device)
-    with phases("gradients"):
-        walk = gradient_norms(
-            decoder, own, norms=norms, scale=args.scale, keep_graph=not chosen.streamed, group=group, work=work, first=first
-        )
-        for i, sums in walk:
-            fingerprint = decoder.fingerprint(i)
-            for norm, writer in writers.items():
-                writer.write_block(i, sums.result(norm), fingerprint)
-    for norm, writer in writers.items():
-        writer.finish({"norm": norm, **provenance, "missing": work.missing})
-        print(
-            f"{norm} gradient norms saved in {writer.folder} ({writer.total} in {args.norm_dtype}: "
-            f"{writer.underflow} became 0, {writer.overflow} were cut)"
-        )
-    parallel.stop()
-    work.remove()
 
 
-def checksum(content: torch.Tensor | Decoder) -> str:
-    """Of windows, or of a model's fingerprint: tells a resumed run that they are the same."""
-    if isinstance(content, torch.Tensor):
-        parts = [content]
-    else:
-        parts = [values for i in range(len(content)) for values in content.fingerprint(i).values()]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.numpy().tobytes())
-    return digest.hexdigest()
+def checksum(windows: torch.Tensor) -> str:
+    """Tells a resumed run that the windows are the same."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib import cli, parallel, report
+from lib import cli, files, parallel, report
 from lib.data import sources
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
@@ -27,7 +28,7 @@ from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
+from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, Zeros, prune, share_of_zeros
 
 logger = logging.getLogger("main")
 
@@ -40,8 +41,12 @@ def main(args: argparse.Namespace) -> None:
     dense = measure(run, "dense perplexity")
     refuse_hopeless(run, dense)
     zeros = prune_model(run)
-    keep_results(run, zeros, dense, pruned=None)
-    pruned = measure(run, "pruned perplexity")
+    keep_results(run, zeros, dense, None, "pruned; the perplexity is being measured")
+    try:
+        pruned = measure(run, "pruned perplexity")
+    except BaseException as error:
+        keep_results(run, zeros, dense, None, f"pruned; the perplexity could not be measured: {error!r}")
+        raise
     keep_results(run, zeros, dense, pruned)
 
 
@@ -78,7 +83,12 @@ def declare(groups: cli.Groups) -> None:
         metavar="METHOD",
         help=f"{', '.join(METHODS)}: how weights are scored; gblm is the paper's, from activations and gradients",
     )
-    add("--sparsity_ratio", type=float, metavar="SHARE", help="of the weights to remove, such as 0.5; implied by N:M")
+    add(
+        "--sparsity_ratio",
+        type=cli.number_above(0, including=True),
+        metavar="SHARE",
+        help="of the weights to remove, such as 0.5; implied by N:M",
+    )
     add(
         "--sparsity_type",
         default="unstructured",
@@ -90,18 +100,26 @@ def declare(groups: cli.Groups) -> None:
         metavar="PATH",
         help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient",
     )
-    add("--alpha", type=float, help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)")
+    add(
+        "--alpha",
+        type=cli.number_above(0, True, MAX_ALPHA),
+        help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)",
+    )
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
     cli.add_selection_flags(groups.method)
-    add("--layer_no", type=int, default=-1, metavar="BLOCK", help="prune this block only (default: all)")
-    add("--layer_ratios", metavar="FILE", help='JSON, shares to remove: {"0": 0.3, "*.down_proj": 0.6}, the last match counts')
+    add("--layer_no", type=cli.at_least(), default=-1, metavar="BLOCK", help="prune this block only (default: all)")
+    add(
+        "--layer_ratios",
+        metavar="FILE",
+        help='JSON, by block or name: {"0": 0.3, "*.down_proj": "4:8", "*.o_proj": "dense"}, the last match counts',
+    )
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
 
     groups.memory.add_argument(
         "--batch_size",
-        type=cli.positive,
+        type=cli.at_least(1),
         default=1,
         metavar="N",
         help="windows of the perplexity in one forward pass (default: %(default)s)",
@@ -130,16 +148,18 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
         sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
-        if method.gradients and not os.path.exists(args.gradient_path):
-            raise FileNotFoundError(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
-    except (ValueError, FileNotFoundError) as error:
+        if method.gradients:
+            files.settle(Path(args.gradient_path))
+            if not os.path.exists(args.gradient_path):
+                raise FileNotFoundError(
+                    f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first"
+                )
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if args.ratios and args.sparsity_type != "unstructured":
-        parser.error(f"--layer_ratios sets shares of rows and {args.sparsity_type} a number per group: choose one")
-    if args.use_variant and args.sparsity_type != "unstructured":
-        parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
+    if args.use_variant and args.sparsity_type != "unstructured":
+        parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
 
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -148,9 +168,10 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--plots go to the folder of --save: add it")
     cli.check_save_model(parser, args)
     try:
-        report.check_writable(args.save)
+        if args.save:
+            files.check_writable(args.save)
     except OSError as error:
-        parser.error(f"--save cannot be written: {error}")
+        parser.error(f"--save cannot be written: {error}: choose another folder")
 
 
 @dataclass
@@ -167,7 +188,14 @@ class Run:
     calibration: torch.Tensor | None  # (n, T); None for a method that does not look at activations
     evaluation: torch.Tensor  # (m, T)
     phases: report.Phases
+    weights: str  # which the dense model's are, a checksum
     scratch: tempfile.TemporaryDirectory | None = None  # of pruned blocks that no checkpoint keeps; deleted with the run
+
+    @property
+    def settings(self) -> dict:
+        """What the results depend on, as results.json has it: flags, the weights, versions."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in ("sparsity", "ratios", "folder")}
+        return {"flags": flags, "layer_ratios": self.args.ratios, "weights": self.weights, "versions": report.versions()}
 
     @property
     def text(self) -> str:
@@ -187,11 +215,10 @@ def prepare(args: argparse.Namespace) -> Run:
     }.items():
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
-    outline = loading.outline(args.model, cache_dir=args.cache_dir)
+    outline, tokenizer = cli.open_model(args)
     targets = selection.select(
         outline, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
     )
-    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
     evaluation = cli.read_evaluation(args, tokenizer)
@@ -209,10 +236,29 @@ def prepare(args: argparse.Namespace) -> Run:
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
         if method.statistic:
             cli.compare_samples(args, gradients)
-    run = Run(args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, phases)
+    run = Run(
+        args, decoder, plan, tokenizer, targets, asked, gradients, calibration, evaluation, phases, decoder.checksum()[:16]
+    )
     if parallel.rank() == 0:
+        point_out_earlier(run)
         print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {run.text}", flush=True)
     return run
+
+
+def point_out_earlier(run: Run) -> None:
+    """Say which earlier results are replaced, and how this run differs from the one that made them."""
+    save, model = run.args.save, run.args.save_model
+    if save and (earlier := report.read(save)):
+        now, shown = run.settings, ("layer_ratios", "weights", "versions")
+        before = {**earlier.get("flags", {}), **{key: earlier.get(key) for key in shown}}
+        now = {
+            key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")
+        }
+        report.point_out_earlier(Path(save, report.RESULTS), {key: before[key] for key in now}, now)
+    if model and any(Path(model).glob("*.safetensors")):
+        configs = [report.read(folder, "config.json") for folder in (model, run.args.folder)]
+        changed = report.differences(*configs) or "of the same architecture"
+        logger.warning("the earlier pruned checkpoint in %s is replaced when this run has its own: %s", model, changed)
 
 
 def measure(run: Run, name: str) -> float:
@@ -255,8 +301,8 @@ def prune_model(run: Run) -> Zeros:
     written: store.Store | store.Scratch | None = None
     with contextlib.ExitStack() as unfinished:
         if args.save_model and parallel.rank() == 0:
-            dense = loading.dense_tensors(args.model, decoder, args.cache_dir)
-            written = store.Store(args.save_model, dense, updated=method.score is None, cache_dir=args.cache_dir)
+            dense = loading.dense_tensors(args.folder, decoder)
+            written = store.Store(args.save_model, dense, updated=method.score is None)
             unfinished.callback(written.discard)
         elif run.plan.streamed:  # pruned blocks have to go somewhere
             run.scratch = tempfile.TemporaryDirectory()
@@ -287,7 +333,7 @@ def prune_model(run: Run) -> Zeros:
     return zeros
 
 
-def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None) -> None:
+def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None, status: str = "complete") -> None:
     """Write results.json and print the end of the run; without the pruned perplexity, keep what there is so far."""
     args, decoder = run.args, run.decoder
     processes, first = parallel.world(), parallel.rank() == 0
@@ -298,9 +344,8 @@ def keep_results(run: Run, zeros: Zeros, dense: float, pruned: float | None) -> 
     sparsity = share_of_zeros(zeros)
     if args.save:
         results = {
-            "flags": {name: value for name, value in vars(args).items() if name not in ("sparsity", "ratios")},
-            "layer_ratios": args.ratios,
-            "versions": report.versions(),
+            "status": status,
+            **run.settings,
             "dtype": str(decoder.model.dtype).removeprefix("torch."),
             "device": str(decoder.device),
             "streamed": run.plan.streamed,

@@ -22,9 +22,9 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
     value=${arguments[i]#*=}
     [ "$value" != "${arguments[i]}" ] || value=${arguments[i + 1]:-}
     case $flag in
-        --nsamples | --seq_length | --seed | --dataset | --text_column | --bos | --data_dir | --cache_dir | --dtype | --device | --memory | --activation_memory) common+=("$flag" "$value") ;;
+        --nsamples | --seq_length | --seed | --dataset | --text_column | --bos | --data_dir | --cache_dir | --revision | --dtype | --device | --memory | --activation_memory) common+=("$flag" "$value") ;;
         --model) MODEL=$value ;;
-        --pack) common+=("$flag") ;;
+        --pack | --trust_remote_code) common+=("$flag") ;;
         --prune_method) method=$value ;;
         --sparsity_type)
             pattern=$value

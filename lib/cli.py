@@ -2,27 +2,37 @@
 
 import argparse
 import logging
+import math
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import parallel, report
+from lib import files, parallel
 from lib.data import sources, windows
 from lib.evaluation.perplexity import windows_of
 from lib.gradients.folder import GradientNorms
-from lib.models import loading, memory, store
+from lib.models import fetch, loading, memory, store
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line: a dozen lines of usage would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 class Groups(NamedTuple):
@@ -41,7 +51,7 @@ def parser_of(docstring: str, required: str = "--model MODEL") -> tuple[argparse
     `required` are the flags that the usage line names: with all of them it would hide the error below it.
     """
     description, _, epilog = docstring.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage=f"%(prog)s {required} [flags]",
         description=description,
         epilog=f"example:\n{epilog}",
@@ -54,6 +64,8 @@ def add_common_flags(groups: Groups) -> None:
     """The flags that mean the same to main.py and gradient_computation.py."""
     add = groups.model.add_argument
     add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    add("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
     add("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     add(
         "--dtype",
@@ -64,15 +76,20 @@ def add_common_flags(groups: Groups) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
     add = groups.data.add_argument
-    add("--nsamples", type=positive, default=128, metavar="N", help="calibration samples (default: %(default)s)")
+    add("--nsamples", type=at_least(1), default=128, metavar="N", help="calibration samples (default: %(default)s)")
     add(
         "--seq_length",
-        type=positive,
+        type=at_least(2),  # a window of one token has no target
         default=2048,
         metavar="T",
         help="tokens of a sample and of an evaluation window (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="of the calibration samples; both commands draw the same (default: %(default)s)")
+    add(
+        "--seed",
+        type=at_least(),
+        default=0,
+        help="of the calibration samples; both commands draw the same (default: %(default)s)",
+    )
     add(
         "--dataset",
         default="c4",
@@ -102,7 +119,7 @@ def add_memory_flags(groups: Groups) -> None:
     )
     groups.memory.add_argument(
         "--activation_memory",
-        type=positive_float,
+        type=number_above(0),
         metavar="GB",
         help="for kept hidden states (default: a quarter of the free memory)",
     )
@@ -118,7 +135,7 @@ def add_selection_flags(parser: argparse._ActionsContainer) -> None:
 def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if a shared flag cannot work."""
     try:
-        loading.check_name(args.model)
+        fetch.check_name(args.model, args.revision)
         loading.resolve_device(args.device)
         sources.check_source(args.dataset, args.data_dir)
     except (ValueError, FileNotFoundError) as error:
@@ -132,9 +149,10 @@ def check_save_model(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.save_model and (foreign := store.foreign_weights(args.save_model)):
         parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
     try:
-        report.check_writable(args.save_model)
+        if args.save_model:
+            files.check_writable(args.save_model)
     except OSError as error:
-        parser.error(f"--save_model cannot be written: {error}")
+        parser.error(f"--save_model cannot be written: {error}: choose another folder")
 
 
 def start(args: argparse.Namespace) -> torch.device:
@@ -150,6 +168,31 @@ def start(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def open_model(args: argparse.Namespace) -> tuple[Decoder, Any]:
+    """The model's outline and its tokenizer. `args.folder` becomes where it is on this machine, as yet without its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: see `fetch.folder`, `loading.outline`, `check_length`.
+    """
+    args.folder = fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    outline = loading.outline(args.folder, trust_remote_code=args.trust_remote_code)
+    check_length(args, outline)
+    return outline, loading.load_tokenizer(args.folder, trust_remote_code=args.trust_remote_code)
+
+
+def check_length(args: argparse.Namespace, outline: Decoder) -> None:
+    """Raise ValueError if a window has more positions than the model; warn if the model was not trained on so many."""
+    positions, learned = loading.positions(outline)
+    if positions is None or args.seq_length <= positions:
+        return
+    if learned:
+        raise ValueError(f"--seq_length {args.seq_length} is beyond the {positions} positions {args.model} has: shorten it")
+    logger.warning(
+        "--seq_length %d is beyond the %d positions %s was made for (max_position_embeddings): perplexity and masks suffer",
+        args.seq_length, positions, args.model,
+    )  # fmt: skip
+
+
 def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **needs) -> tuple[Decoder, memory.Plan]:
     """Load the model, in memory or streamed as `memory.plan` decides; `needs` is what that has to know of the command."""
     chosen = memory.plan(
@@ -161,9 +204,17 @@ def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **nee
         activation_memory=args.activation_memory,
         **needs,
     )
-    decoder = loading.load(args.model, dtype=args.dtype, device=device, streamed=chosen.streamed, cache_dir=args.cache_dir)
+    decoder = load_weights(args, device, chosen.streamed)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
     return decoder, chosen
+
+
+def load_weights(args: argparse.Namespace, device: torch.device, streamed: bool = False) -> Decoder:
+    """The model that `open_model` has outlined."""
+    fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir, weights=True)
+    return loading.load(
+        args.folder, dtype=args.dtype, device=device, streamed=streamed, trust_remote_code=args.trust_remote_code
+    )
 
 
 def settle_bos(args: argparse.Namespace, outline: Decoder, tokenizer) -> None:
@@ -175,8 +226,6 @@ def settle_bos(args: argparse.Namespace, outline: Decoder, tokenizer) -> None:
             logger.info("--bos every: %s models need BOS before every window", family)
     if args.bos == "every" and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of this {family} model has no BOS token to put before every window: use --bos first")
-    if args.bos == "every" and args.seq_length < 2:
-        raise ValueError(f"--seq_length {args.seq_length} has no room for text behind BOS: use a longer one")
 
 
 def read_calibration(args: argparse.Namespace, tokenizer) -> torch.Tensor:
@@ -227,32 +276,77 @@ def compare_samples(args: argparse.Namespace, gradients: GradientNorms) -> None:
             )  # fmt: skip
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+def at_least(lowest: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer, not below `lowest`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as {lowest or 0}") from None
+        if lowest is not None and value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is not above {lowest - 1}: give a whole number of at least {lowest}")
+        return value
+
+    return read
 
 
-def positive_float(text: str) -> float:
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def number_above(lowest: float, including: bool = False, highest: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number above `lowest` (or `including` it), not above `highest`."""
+    bounds = f"{'of at least' if including else 'above'} {lowest:g}"
+    bounds += "" if highest == math.inf else f" and at most {highest:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number: give one {bounds}")
+        if value > highest or value < lowest or (value == lowest and not including):
+            wrong = f"not above {lowest:g}" if value <= lowest else "too large"
+            raise argparse.ArgumentTypeError(f"{text} is {wrong}: give a number {bounds}")
+        return value
+
+    return read
 
 
 def run(parse: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Run a command. What this project refuses ends in one line; an error from elsewhere keeps its traceback."""
-    args = parse()
     try:
-        main(args)
+        with _signals_unwind():
+            main(parse())
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{_command()}: error: {error}")
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """A run that is told to end leaves through its `finally`s, so that nothing half-written stays: status 128 + the signal."""
+
+    def end(number: int, frame) -> None:
+        for signum in before:
+            signal.signal(signum, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+        print(f"{_command()}: ended by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: not all
+    before = {signum: signal.getsignal(signum) for signum in found}
+    before = {signum: handler for signum, handler in before.items() if handler != signal.SIG_IGN}  # nohup
+    try:
+        for signum in before:
+            signal.signal(signum, end)
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _command() -> str:
+    return Path(sys.argv[0]).name
 
 
 def set_up_logging() -> None:
@@ -263,19 +357,13 @@ def set_up_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for name in (
-        "httpx",
-        "httpcore",
-        "datasets",
-        "transformers",
-        "accelerate",
-        "fsspec",
-        "filelock",
-        "matplotlib",
-        "fontTools",
-    ):
+    for name in ("httpx", "httpcore", "accelerate", "fsspec", "filelock", "matplotlib", "fontTools"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").handlers.clear()  # its lines come here as well
+    for name in ("datasets", "transformers", "huggingface_hub"):  # which print their lines themselves: here once, as all others
+        library = logging.getLogger(name)
+        library.setLevel(logging.WARNING)
+        library.handlers.clear()
+        library.propagate = True
     logging.captureWarnings(True)
     if not sys.stderr.isatty():
         disable_model_progress_bars()

@@ -5,9 +5,12 @@ plain numbers, so nothing here knows models or runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from lib.files import replace_file
 
 COLUMN, PAGE = 3.4, 6.9  # inches, the widths of a paper's column and of its page
 DPI = 220  # of a PNG; a PDF has none
@@ -53,8 +56,9 @@ def save(
             stem = f"{path}{'' if theme == 'light' else f'-{theme}'}"
             for end in ends:
                 metadata = {"CreationDate": None} if end == ".pdf" else {}  # equal figures are equal bytes
-                figure.savefig(stem + end, dpi=DPI, metadata=metadata)
-                written.append(Path(stem + end))
+                file = Path(stem + end)
+                replace_file(file, partial(figure.savefig, dpi=DPI, metadata=metadata, format=end[1:]))
+                written.append(file)
     return written
 
 

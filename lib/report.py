@@ -2,7 +2,8 @@
 
 import json
 import logging
-import resource
+import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,16 @@ from pathlib import Path
 import torch
 
 from lib import figures
+from lib.files import replace_file
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "results.json"
 SIZE = (figures.PAGE, 2.6)  # inches, of sparsity.png
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
@@ -24,14 +32,27 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def check_writable(folder: str | None) -> None:
-    """Make a folder that results will go to, and fail now (OSError) rather than after hours if that is impossible."""
-    if folder is not None:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # several processes may look at the same time
+def differences(before: dict, now: dict) -> str:
+    """What two sets of settings do not share, "nsamples was 8 and is now 16"; empty if nothing."""
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed)
+
+
+def point_out_earlier(place: Path, before: dict, now: dict) -> None:
+    """Say before the work that an earlier result in `place` is replaced when this run has its own, and what differs."""
+    if changed := differences(before, now):
+        logger.warning("the earlier result in %s is replaced when this run has its own: %s", place, changed)
+    else:
+        logger.info("the result in %s, of a run with the same settings, is replaced when this run has its own", place)
+
+
+def read(folder: str, file: str = RESULTS) -> dict:
+    """A JSON file in `folder`, such as the results of an earlier run; {} where there is none that can be read."""
+    try:
+        results = json.loads(Path(folder, file).read_text())
+        return results if isinstance(results, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 class Phases:
@@ -67,21 +88,41 @@ def _peak_host() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if resource is None:
+            import psutil
+
+            memory = psutil.Process().memory_info()
+            return getattr(memory, "peak_wset", memory.rss)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write(folder: str, results: dict, plots: bool = False) -> None:
-    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt and the other `plots` into `folder`."""
+    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt and the other `plots` into `folder`.
+
+    Each has its name only when it is whole. An earlier run's log.txt goes with that run's results.json.
+    """
     path = Path(folder)
-    if (pruned := results["perplexity"]["pruned"]) is not None:
-        (path / "log.txt").write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n")
-    (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    ends = (".png", ".pdf") if plots else (".png",)
-    zeros = results["sparsity_by_block"]
+    path.mkdir(parents=True, exist_ok=True)
+    pruned, measured = results["perplexity"]["pruned"], path / "log.txt"
+    replace_file(path / RESULTS, lambda file: file.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"))
+    if pruned is None:
+        measured.unlink(missing_ok=True)
+    else:
+        replace_file(measured, lambda file: file.write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n"))
+    zeros, ends = results["sparsity_by_block"], (".png", ".pdf") if plots else (".png",)
     figures.save(lambda figure: figures.blocks(figure, zeros, "share of zeros"), path / "sparsity", SIZE, ends=ends)
     if plots and pruned is not None:
         seconds = {"": {name: phase["seconds"] for name, phase in results["phases"].items()}}
         figures.save(lambda figure: figures.phases(figure, seconds), path / "seconds", (SIZE[0], 1.4))
+
+
+def _finite(value):
+    """The same with NaN and infinities as strings, which JSON can hold and `float` reads."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def by_linear(zeros: dict) -> dict[str, dict[str, float]]:

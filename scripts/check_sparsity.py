@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import cli
-from lib.models import loading
+from lib.models import fetch, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.selection import Targets, select
@@ -109,13 +109,19 @@ def compare(decoder: Decoder, dense: Decoder) -> list[str]:
     return changed
 
 
+def opened(name: str, args: argparse.Namespace) -> Decoder:
+    folder = fetch.folder(name, cache_dir=args.cache_dir, weights=True)
+    return loading.on_disk(folder, trust_remote_code=args.trust_remote_code)
+
+
 def main(argv: list[str] | None = None) -> bool:
     """Check what the flags ask for; returns whether anything fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model, in safetensors")
     parser.add_argument("--pattern", help="N:M, at least N zeros in every M consecutive inputs, such as 2:4")
     parser.add_argument("--against", metavar="DENSE", help="folder or hub name of the model it was pruned from")
     cli.add_selection_flags(parser)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
     parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)
     pattern = None
@@ -129,10 +135,8 @@ def main(argv: list[str] | None = None) -> bool:
     elif args.include or args.exclude:
         parser.error("--include and --exclude choose what --pattern is checked on: add it")
     try:
-        for name in filter(None, (args.checkpoint, args.against)):
-            loading.check_name(name)
-        decoder = loading.on_disk(args.checkpoint, cache_dir=args.cache_dir)
-        dense = loading.on_disk(args.against, cache_dir=args.cache_dir) if args.against else None
+        decoder = opened(args.checkpoint, args)
+        dense = opened(args.against, args) if args.against else None
         targets = select(decoder, pattern, include=args.include, exclude=args.exclude) if pattern else {}
     except (ValueError, OSError) as error:
         parser.error(str(error))

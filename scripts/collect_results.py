@@ -31,7 +31,7 @@ TITLES = {"seconds": "seconds: pruning + perplexity", "memory": "peak memory, GB
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", metavar="RESULTS", help="folders, results.json, .jsonl")
     parser.add_argument("--each", action="store_true", help="a row for each run, no means over seeds")
     parser.add_argument(

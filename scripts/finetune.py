@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import cli
 from lib.data import sources
 from lib.evaluation.perplexity import perplexity
-from lib.models import loading, store
+from lib.models import fetch, loading, store
 from lib.models.decoder import Decoder
 from lib.models.recovery import KeepZeros, add_adapters
 
@@ -42,11 +42,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="text for the perplexity before and after (default: %(default)s)",
     )
     add = groups.method.add_argument
-    add("--lora", type=cli.positive, metavar="RANK", help="train adapters of this rank, not all weights")
-    add("--steps", type=cli.positive, default=60, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch_size", type=cli.positive, default=4, metavar="N", help="samples of a step (default: %(default)s)")
+    add("--lora", type=cli.at_least(1), metavar="RANK", help="train adapters of this rank, not all weights")
+    add("--steps", type=cli.at_least(1), default=60, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch_size", type=cli.at_least(1), default=4, metavar="N", help="samples of a step (default: %(default)s)")
     rates = ", ".join(f"{rate:g} {name}" for name, rate in RATES.items())
-    add("--learning_rate", type=cli.positive_float, metavar="RATE", help=f"at the start, falls to 0 (default: {rates})")
+    add("--learning_rate", type=cli.number_above(0), metavar="RATE", help=f"at the start, falls to 0 (default: {rates})")
     groups.output.add_argument("--save_model", required=True, metavar="DIR", help="folder for the trained checkpoint")
     args = parser.parse_args(argv)
     cli.check_common_flags(parser, args)
@@ -69,20 +69,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Measure, train, save, measure what was saved."""
     device = cli.start(args)
-    outline = loading.outline(args.model, cache_dir=args.cache_dir)
-    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
+    outline, tokenizer = cli.open_model(args)
     cli.settle_bos(args, outline, tokenizer)
     windows, evaluation = cli.read_calibration(args, tokenizer), cli.read_evaluation(args, tokenizer)
     cli.check_vocabulary(args, outline, tokenizer, windows, evaluation)
 
-    def measure(name: str) -> float:
-        return perplexity(loading.load(name, dtype=args.dtype, device=device, cache_dir=args.cache_dir), evaluation)
+    def loaded(folder: str, dtype: str) -> Decoder:
+        return loading.load(folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
 
-    before = measure(args.model)
+    fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir, weights=True)
+    before = perplexity(loaded(args.folder, args.dtype), evaluation)
     print(f"perplexity {before:.4f} before training", flush=True)
-    decoder = loading.load(args.model, dtype="float32", device=device, cache_dir=args.cache_dir)
-    dense = loading.dense_tensors(args.model, decoder, args.cache_dir)
-    written = store.Store(args.save_model, dense, updated=True, cache_dir=args.cache_dir)
+    decoder = loaded(args.folder, "float32")
+    dense = loading.dense_tensors(args.folder, decoder)
+    written = store.Store(args.save_model, dense, updated=True)
     with contextlib.ExitStack() as unfinished:
         unfinished.callback(written.discard)
         keep = KeepZeros(decoder)
@@ -92,8 +92,8 @@ def main(args: argparse.Namespace) -> None:
         written.finish()
     del decoder, keep, written
     gc.collect()
-    after = measure(args.save_model)
-    zeros, total = same_zeros(args.model, args.save_model, args.cache_dir)
+    after = perplexity(loaded(args.save_model, args.dtype), evaluation)
+    zeros, total = same_zeros(args.folder, args.save_model, args.trust_remote_code)
     print(f"sparsity {zeros / total:.4f}, the same {zeros} zeros before and after")
     print(f"perplexity {after:.4f} after training ({before:.4f} before) on {args.eval_dataset}, {len(evaluation)} windows")
     print(f"checkpoint saved in {args.save_model}")
@@ -128,13 +128,13 @@ def train(decoder: Decoder, keep: KeepZeros, windows: torch.Tensor, args: argpar
     decoder.model.eval().requires_grad_(False)
 
 
-def same_zeros(before: str, after: str, cache_dir: str | None) -> tuple[int, int]:
+def same_zeros(before: str, after: str, trust_remote_code: bool = False) -> tuple[int, int]:
     """Zeros and weights of the blocks' matrices in two checkpoints.
 
     Raises:
         RuntimeError: a matrix has other zeros in one than in the other.
     """
-    one, other = (loading.on_disk(name, cache_dir=cache_dir) for name in (before, after))
+    one, other = (loading.on_disk(name, trust_remote_code=trust_remote_code) for name in (before, after))
     zeros = total = 0
     for i, prefix in enumerate(one.prefixes):
         for name in sorted({f"{prefix}{matrix.tensor_name}" for matrix in one.linears(i).values()}):

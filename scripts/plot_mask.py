@@ -15,19 +15,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import cli, figures
-from lib.models import loading
+from lib.models import fetch, loading
 from lib.models.decoder import Decoder
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model")
     parser.add_argument("--linear", required=True, metavar="NAME", help="full name, as model.layers.5.self_attn.q_proj")
     parser.add_argument("--against", metavar="OTHER", help="a second checkpoint, drawn beside it")
     parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="of the checkpoints (default: of their folders)")
     parser.add_argument("--output", default="out/mask", metavar="NAME", help="of NAME.png and NAME.pdf (default: %(default)s)")
     parser.add_argument("--dark", action="store_true", help="also NAME-dark.png and .pdf, for dark pages")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
     parser.add_argument("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)
     args.checkpoints = [args.checkpoint, *filter(None, [args.against])]
@@ -35,8 +36,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--names gives {len(args.names)} for {len(args.checkpoints)} checkpoints")
     try:
         for name in args.checkpoints:
-            loading.check_name(name)
-    except FileNotFoundError as error:
+            fetch.check_name(name)
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return args
 
@@ -66,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"both checkpoints are called {names[0]}: give them --names")
     masks = {}
     for name, path in zip(names, args.checkpoints, strict=True):
-        masks[name] = kept(loading.on_disk(path, cache_dir=args.cache_dir), args.linear)
+        folder = fetch.folder(path, cache_dir=args.cache_dir, weights=True)
+        masks[name] = kept(loading.on_disk(folder, trust_remote_code=args.trust_remote_code), args.linear)
         print(f"{name}: {masks[name].mean():.4f} of {args.linear} kept, {masks[name].shape[0]} x {masks[name].shape[1]}")
     first, *others = masks.values()
     for other in others:

@@ -20,7 +20,7 @@ from lib.results import Run
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders, results.json, .jsonl")
     parser.add_argument("--output", type=Path, default=Path("out/figures"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--dark", action="store_true", help="also NAME-dark.png and .pdf, for dark pages")

@@ -26,7 +26,7 @@ from torch.sparse import to_sparse_semi_structured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import cli
-from lib.models import loading
+from lib.models import fetch, loading
 from lib.models.checkpoint import Checkpoint
 from lib.models.decoder import Decoder
 
@@ -37,13 +37,13 @@ PIECE = 2**24  # bytes compressed at a time
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub name of a 2:4 model")
     parser.add_argument("--against", metavar="DENSE", help="the model it was pruned from, for its bytes")
     parser.add_argument(
         "--tokens",
         nargs="+",
-        type=cli.positive,
+        type=cli.at_least(1),
         default=[1, 128, 2048],
         metavar="N",
         help="in one product (default: 1 128 2048)",
@@ -52,12 +52,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="of the products (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
     parser.add_argument("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)
     try:
         loading.resolve_device(args.device)
         for name in filter(None, (args.checkpoint, args.against)):
-            loading.check_name(name)
+            fetch.check_name(name)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return args
@@ -66,12 +67,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Times where they can be measured, then bytes."""
     device = loading.resolve_device(args.device)
+    folders = {
+        name: fetch.folder(name, cache_dir=args.cache_dir, weights=True)
+        for name in filter(None, (args.against, args.checkpoint))
+    }
     if missing := missing_kernels(device):
         print(f"times are left out: {missing}")
     else:
-        compare_times(args, device)
-    for name in filter(None, (args.against, args.checkpoint)):
-        print(f"{name}: {', '.join(f'{kind} {size / 1e6:.1f} MB' for kind, size in sizes(name, args.cache_dir).items())}")
+        decoder = loading.load(
+            folders[args.checkpoint], dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code
+        )
+        compare_times(decoder, args.tokens)
+    for name, folder in folders.items():
+        found = sizes(folder, args.trust_remote_code)
+        print(f"{name}: {', '.join(f'{kind} {size / 1e6:.1f} MB' for kind, size in found.items())}")
 
 
 def missing_kernels(device: torch.device) -> str:
@@ -87,16 +96,16 @@ def missing_kernels(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def compare_times(args: argparse.Namespace, device: torch.device) -> None:
+def compare_times(decoder: Decoder, counts: list[int]) -> None:
     """Products of the largest linears, and the model's forward pass, before and after its 2:4 linears are converted."""
-    decoder = loading.load(args.checkpoint, dtype=args.dtype, device=device, cache_dir=args.cache_dir)
-    print(f"{torch.cuda.get_device_name(device)}, {args.dtype}, medians of {REPEATS}")
+    device = decoder.device
+    print(f"{torch.cuda.get_device_name(device)}, {decoder.model.dtype}, medians of {REPEATS}")
     shapes: dict[tuple[int, int], tuple[str, nn.Module]] = {}
     for name, matrix in decoder.linears(0).items():
         if isinstance(matrix.module, nn.Linear) and is_2_4(matrix.weight):
             shapes.setdefault(tuple(matrix.shape), (name, matrix.module))
     vocabulary = decoder.model.get_input_embeddings().weight.shape[0]
-    for tokens in args.tokens:
+    for tokens in counts:
         for shape, (name, linear) in shapes.items():
             inputs = torch.randn(tokens, shape[1], device=device, dtype=linear.weight.dtype)
             try:
@@ -112,7 +121,7 @@ def compare_times(args: argparse.Namespace, device: torch.device) -> None:
                 for weight in (linear.weight, sparse)
             ]
             print_times(f"{name} {shape}, {tokens} tokens", *times, f"results differ by {wrong:.1e}")
-    windows = [torch.randint(0, vocabulary, (1, tokens), device=device) for tokens in args.tokens]
+    windows = [torch.randint(0, vocabulary, (1, tokens), device=device) for tokens in counts]
     dense = [seconds(lambda window=window: decoder.model(window, use_cache=False), device) for window in windows]
     converted, linears = convert(decoder)
     print(f"{converted} of {linears} linears converted")
@@ -162,9 +171,9 @@ def print_times(what: str, dense: float, sparse: float, remark: str = "") -> Non
 # Bytes
 
 
-def sizes(name: str, cache_dir: str | None = None) -> dict[str, int]:
+def sizes(name: str, trust_remote_code: bool = False) -> dict[str, int]:
     """Bytes of a checkpoint's weights: as they are, zipped, and with every matrix of the blocks packed."""
-    checkpoint = Checkpoint(name, cache_dir)
+    checkpoint = Checkpoint(name)
     kind, compressor = best_compressor()
     dense = zipped = saved = 0
     for path in checkpoint.shards.values():
@@ -174,7 +183,7 @@ def sizes(name: str, cache_dir: str | None = None) -> dict[str, int]:
             while piece := file.read(PIECE):
                 zipped += len(packer.compress(piece))
         zipped += len(packer.flush())
-    decoder = loading.on_disk(name, cache_dir=cache_dir)
+    decoder = loading.on_disk(name, trust_remote_code=trust_remote_code)
     for i, prefix in enumerate(decoder.prefixes):
         for tensor in sorted({f"{prefix}{matrix.tensor_name}" for matrix in decoder.linears(i).values()}):
             weight = decoder.source[tensor]

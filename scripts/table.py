@@ -15,16 +15,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, report
+from lib import cli, files, report
+from lib.data import sources
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
-from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, PAPER_ALPHA, prune, share_of_zeros
+from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Declare and check the flags; nothing is loaded. `sparsities` joins the result, [(pattern, Sparsity)]."""
+    """Declare and check the flags; nothing is loaded. `sparsities` joins, [(pattern, Sparsity)], and `done`, the rows there are."""
     parser, groups = cli.parser_of(__doc__)
     cli.add_common_flags(groups)
     methods = ["dense", *METHODS]
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
     )
     groups.data.add_argument(
-        "--windows", type=cli.positive, metavar="N", help="evaluate on the first N windows only (default: all)"
+        "--windows", type=cli.at_least(1), metavar="N", help="evaluate on the first N windows only (default: all)"
     )
     add = groups.method.add_argument
     add(
@@ -61,7 +61,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SHARE",
         help="to remove if unstructured, a row each (default: 0.5)",
     )
-    add("--alphas", nargs="+", type=float, default=[PAPER_ALPHA], metavar="ALPHA", help="of gblm, a row each (default: 100)")
+    add(
+        "--alphas",
+        nargs="+",
+        type=cli.number_above(0, True, MAX_ALPHA),
+        default=[PAPER_ALPHA],
+        metavar="ALPHA",
+        help="of gblm, a row each (default: 100)",
+    )
     add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")
     groups.output.add_argument(
         "--output",
@@ -80,23 +87,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             for pattern in args.patterns
             for ratio in (args.ratios if pattern == "unstructured" else [None])
         ]
-    except ValueError as error:
-        parser.error(f"--patterns, --ratios: {error}")
+        sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
+        args.done = rows_of(args.output)
+        files.check_writable(args.output.parent)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return args
+
+
+def rows_of(output: Path) -> list[dict]:
+    """The rows that an earlier run has appended.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+        if not all("method" in row and "settings" in row for row in rows):
+            raise ValueError("rows have a method and settings")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--output {output} is not a table of this script ({error}): choose another file") from error
+    return rows
 
 
 def main(args: argparse.Namespace) -> None:
     """Text and gradients once, then a model for every row."""
-    device = cli.start(args)
+    device, done = cli.start(args), args.done
+    gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    outline = loading.outline(args.model, cache_dir=args.cache_dir)
-    tokenizer = loading.load_tokenizer(args.model, args.cache_dir)
+    outline, tokenizer = cli.open_model(args)
     cli.settle_bos(args, outline, tokenizer)
     calibration = cli.read_calibration(args, tokenizer)
     evaluation = cli.read_evaluation(args, tokenizer)[: args.windows]
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
-    gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     if gradients:
         cli.compare_samples(args, gradients)
     rows = [("dense", "", None, None)] if "dense" in args.methods else []
@@ -104,17 +128,16 @@ def main(args: argparse.Namespace) -> None:
         for method in args.methods:
             if method != "dense":
                 rows += [(method, pattern, sparsity, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
-    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
 
     checked = False
-    own = ("methods", "patterns", "ratios", "alphas", "output", "sparsities")
-    common = {name: value for name, value in vars(args).items() if name not in own}
+    apart = ("methods", "patterns", "ratios", "alphas", "output", "sparsities", "folder", "done")
+    common = {name: value for name, value in vars(args).items() if name not in apart}
     for method, pattern, sparsity, alpha in rows:
         row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
         if any(row.items() <= earlier.items() for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
-        decoder = loading.load(args.model, dtype=args.dtype, device=device, cache_dir=args.cache_dir)
+        decoder = cli.load_weights(args, device)
         if gradients and not checked:
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
             checked = True

@@ -7,8 +7,10 @@ import torch
 from accelerator import DEVICE, counted, install, same_kernels
 from conftest import TINY, random_windows, tiny_model
 from test_commands import run
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 from transformers import AutoModelForCausalLM
 
+from lib import parallel
 from lib.gradients.folder import GradientNorms
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
@@ -231,3 +233,15 @@ def test_the_pruning_command_writes_the_cpus_checkpoint(shared, gradients, metho
     for weights, other in found[1:]:
         assert other == perplexity
         assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("device, backends", [("cuda", {"cpu", "cuda"}), ("cpu", {"cpu"})])
+def test_several_processes_add_up_what_is_on_the_host_too(monkeypatch, device, backends):
+    """NCCL alone knows no host tensors, and the tokens that reached an expert are counted there."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "set_device", started.append)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: started.append(backend))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.start(torch.device(device)) == (torch.device("cuda", 1) if device == "cuda" else CPU)
+    assert set(BackendConfig(Backend(started[-1])).get_device_backend_map()) >= backends

@@ -208,7 +208,18 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path, saved_model):
     """As a user without a network sees it, in a process of its own."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "gradient_computation.py", "--model", saved_model, "--dataset", "wikitext2", "--output_dir", tmp_path],
+        [
+            sys.executable,
+            "gradient_computation.py",
+            "--model",
+            saved_model,
+            "--dataset",
+            "wikitext2",
+            "--seq_length",
+            "16",
+            "--output_dir",
+            tmp_path,
+        ],
         cwd=ROOT,
         env={**plain, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", "no_proxy": "*"},
         capture_output=True,

@@ -256,10 +256,15 @@ def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(
         cli.run(lambda: None, broken)
 
 
-def test_windows_in_batches_give_the_same_perplexity(flags, text):
-    command = [*flags, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text]
-    one, many = (run("main.py", *command, "--batch_size", size).splitlines() for size in (1, 7))
-    assert [line.split(" on ")[0] for line in one] == [line.split(" on ")[0] for line in many]
+def test_windows_in_batches_give_the_same_perplexity(flags, text, tmp_path):
+    """To the rounding of fp32: a product of seven windows may be added up in another order than one of a single window."""
+    command = [*flags, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--eval_dataset", text, "--save", tmp_path]
+    found = []
+    for size in (1, 7):
+        run("main.py", *command, "--batch_size", size)
+        found.append(json.loads((tmp_path / "results.json").read_text())["perplexity"])
+    for name in ("dense", "pruned"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
 
 
 def test_selection_by_name_and_by_ratio(flags, text, tmp_path, saved_model):
@@ -279,6 +284,35 @@ def test_selection_by_name_and_by_ratio(flags, text, tmp_path, saved_model):
     assert results["sparsity_asked"] == results["sparsity"] == zero / total
     assert f"sparsity {zero / total:.4f}" in printed
     assert results["layer_ratios"] == {"0": 0.25, "*.down_proj": 0.75}
+
+
+def test_patterns_by_name(flags, text, tmp_path, saved_model):
+    """2:4 with another pattern, a share and dense linears; the last match counts."""
+    (tmp_path / "ratios.json").write_text(
+        json.dumps({"*.down_proj": "4:8", "*.o_proj": "dense", "2": 0.25, "*.2.mlp.up_proj": "1:4"})
+    )
+    run(
+        "main.py", *flags, "--prune_method", "wanda", "--sparsity_type", "2:4", "--layer_ratios", tmp_path / "ratios.json",
+        "--eval_dataset", text, "--save", tmp_path, "--save_model", tmp_path / "model",
+    )  # fmt: skip
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    results, zero, total = json.loads((tmp_path / "results.json").read_text()), 0, 0
+    for i in range(3):
+        for name, found in results["sparsity_by_block"][str(i)].items():
+            zeros = weights[f"model.layers.{i}.{name}.weight"] == 0
+            if i == 2:
+                share, groups = (0.25, (1, 4)) if "up_proj" in name else (0.25, None)
+            elif "o_proj" in name:
+                share, groups = 0, None
+            else:
+                share, groups = 0.5, (4, 8) if "down_proj" in name else (2, 4)
+            if groups:
+                assert (zeros.view(-1, groups[1]).sum(1) == groups[0]).all(), name
+            elif share:
+                assert (zeros.sum(1) == int(zeros.shape[1] * share)).all(), name
+            assert found == zeros.float().mean().item() == share
+            zero, total = zero + zeros.sum().item(), total + zeros.numel()
+    assert results["sparsity_asked"] == results["sparsity"] == zero / total
 
 
 def test_gradients_of_other_samples_are_pointed_out(flags, gradients, text, caplog):
@@ -337,10 +371,9 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--prune_method wanda --sparsity_ratio 0.5 --nsamples 0", "not above 0"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "neither a block nor -1"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_ratios none.json", "none.json"),
-        ("--prune_method wanda --sparsity_type 2:4 --layer_ratios {ratios}", "choose one"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save /proc/nowhere", "--save cannot be written"),
         ("--prune_method wanda --sparsity_ratio 0.5 --save_model /proc/nowhere", "--save_model cannot be written"),
-        ("--prune_method wanda --sparsity_ratio 0.5 --save_model m", "dense weights would be lost"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --save_model m", "weights would be lost"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "--layer_no -2"),
         ("--prune_method best --sparsity_ratio 0.5", "invalid choice"),
         ("--sparsity_ratio 0.5", "--prune_method"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, random_windows, tiny_decoder, tiny_model
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from test_results import write
+from test_collect_results import write
 
 from lib import figures
 from lib.models import loading

@@ -70,7 +70,7 @@ def test_the_same_zeros_and_a_lower_perplexity(how, checkpoint, text, tmp_path, 
 
 def test_other_zeros_are_noticed(checkpoint, tmp_path):
     with pytest.raises(RuntimeError, match="other zeros"):
-        finetune.same_zeros(str(checkpoint.parent / "dense"), str(checkpoint), None)
+        finetune.same_zeros(str(checkpoint.parent / "dense"), str(checkpoint))
 
 
 def test_a_failed_run_leaves_nothing(checkpoint, text, tmp_path, monkeypatch):
@@ -119,4 +119,4 @@ def test_sixty_steps_on_the_demo_model(how, tmp_path, capsys):
     last = next(line for line in printed.splitlines() if "after training" in line).split()
     assert float(last[1]) < float(last[4].removeprefix("("))
     assert not check_sparsity.main([str(tmp_path / "tuned"), "--pattern", "2:4"])
-    assert finetune.same_zeros(str(tmp_path / "pruned"), str(tmp_path / "tuned"), None)[0]
+    assert finetune.same_zeros(str(tmp_path / "pruned"), str(tmp_path / "tuned"))[0]

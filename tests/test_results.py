@@ -1,188 +1,209 @@
-"""Results read back, as a table and in pages: lib/results.py and scripts/collect_results.py."""
+"""What runs leave behind: whole or not at all, and never in place of something else in silence."""
 
-import csv
 import json
-import statistics
+import logging
+import math
+import shutil
+from pathlib import Path
 
-import collect_results
 import pytest
-from conftest import ROOT
+import torch
+from transformers import AutoModelForCausalLM
 
-from lib import results
-
-FLAGS = {
-    "model": "models/tiny", "prune_method": "gblm", "sparsity_type": "unstructured", "sparsity_ratio": 0.5, "alpha": 100.0,
-    "nsamples": 4, "seq_length": 16, "seed": 0, "dataset": "text", "eval_dataset": "text", "save": "out/a", "use_variant": False,
-    "gradient_path": "g/llama2/gradients_aggregrate_norm_l2_model_tiny", "gradient_inv": False, "pack": False,
-}  # fmt: skip
+import gradient_computation
+import main as pruning
+from lib import files, report
+from lib.gradients.folder import GradientNorms
 
 
-def write(folder, name: str, perplexity: float | None = 40.0, ratio: float = 0.5, **flags):
-    """A results.json as main.py writes it."""
-    path = folder / name / "results.json"
-    path.parent.mkdir(parents=True)
-    phases = {
-        "prune": {"seconds": 3.0, "peak_host_gb": 1.0},
-        "dense perplexity": {"seconds": 5.0, "peak_host_gb": 0.5},
-        "pruned perplexity": {"seconds": 4.0, "peak_host_gb": 2.0},
-    }
-    path.write_text(
-        json.dumps(
-            {
-                "flags": FLAGS | flags,
-                "dtype": "float32",
-                "perplexity": {"dense": 20.0, "pruned": perplexity},
-                "sparsity": ratio,
-                "sparsity_asked": ratio,
-                "sparsity_by_block": {"0": {"mlp": ratio}},
-                "phases": phases,
-            }
-        )
-    )
-    return path
+def pruned(*arguments) -> None:
+    pruning.main(pruning.parse([str(argument) for argument in arguments]))
 
 
-def collect(*arguments) -> list[dict[str, str]]:
-    """The rows of the CSV that the script writes, and of the Markdown under "markdown"."""
-    args = collect_results.parse([str(argument) for argument in arguments])
-    collect_results.main(args)
-    with args.output.with_suffix(".csv").open() as file:
-        rows = list(csv.DictReader(file))
-    lines = args.output.with_suffix(".md").read_text().splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    assert len(cells) == len(rows) + 2
-    for row, values in zip(rows, cells[2:], strict=True):
-        row["markdown"] = dict(zip(cells[0], values, strict=True))
-    return rows
+def computed(*arguments) -> None:
+    gradient_computation.main(gradient_computation.parse([str(argument) for argument in arguments]))
 
 
-def test_seeds_become_mean_and_spread(tmp_path):
-    values = {0: 40.0, 1: 41.0, 2: 45.0}
-    for seed, value in values.items():
-        write(tmp_path, f"s{seed}", value, seed=seed, save=f"out/s{seed}", gradient_path=f"g{seed}_norm_l2_model")
-    write(tmp_path, "other", 50.0, nsamples=8)
-    several, other = sorted(collect(tmp_path, "--output", tmp_path / "table"), key=lambda row: row["nsamples"])
-    mean, spread = statistics.mean(values.values()), statistics.stdev(values.values())
-    assert float(several["perplexity"]) == mean and float(several["perplexity_std"]) == pytest.approx(spread)
-    assert several["seeds"] == "0 1 2" and other["seeds"] == "0" and other["perplexity_std"] == ""
-    assert several["markdown"]["perplexity"] == f"{mean:.2f} ± {spread:.2f}" and other["markdown"]["perplexity"] == "50.00"
-    assert several["markdown"]["seconds: pruning + perplexity"] == "3 + 4" and several["markdown"]["peak memory, GB"] == "2.00"
-    assert several["markdown"]["dense"] == "20.00" and "dataset" not in several["markdown"]
+@pytest.fixture
+def flags(saved_model, documents, tmp_path) -> list:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    model = shutil.copytree(saved_model, tmp_path / "tiny")
+    return [
+        "--model", model, "--dataset", text, "--nsamples", 2, "--seq_length", 16, "--cache_dir", tmp_path / "cache",
+        "--dtype", "float32",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"alpha": 10.0},
-        {"nsamples": 8},
-        {"gradient_inv": True},
-        {"use_variant": True},
-        {"pack": True},
-        {"dataset": "other"},
-        {"eval_dataset": "other"},
-        {"model": "models/other"},
-        {"gradient_path": "g/llama2/gradients_aggregrate_norm_l1_model_tiny"},
-        {"recipe": "best"},
-        {"a_flag_that_is_new": 3},
-    ],
-    ids=str,
-)
-def test_runs_of_other_settings_are_not_averaged(change, tmp_path):
-    write(tmp_path, "a")
-    write(tmp_path, "b", seed=1, **change)
-    first, second = results.by_settings(results.read([tmp_path]))
-    assert len(first) == len(second) == 1
-    assert results.varying([*first, *second])
+@pytest.fixture
+def wanda(flags, tmp_path) -> list:
+    return [*flags, "--prune_method", "wanda", "--sparsity_ratio", 0.5, "--eval_dataset", flags[3], "--save", tmp_path / "out"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"save": "x"}, {"batch_size": 4}, {"device": "cuda"}, {"exclude": []}, {"data_dir": "d"}], ids=str
-)
-def test_places_and_flags_that_are_off_make_no_difference(change, tmp_path):
-    write(tmp_path, "a")
-    write(tmp_path, "b", seed=1, **change)
-    assert len(results.by_settings(results.read([tmp_path]))) == 1
+class Died(BaseException):
+    """As SIGKILL: no handler of the program's own runs."""
 
 
-def test_lines_of_table_py_and_results_of_main_py_are_one(tmp_path):
-    write(tmp_path, "a", 40.0)
-    settings = {
-        name: value
-        for name, value in FLAGS.items()
-        if name not in ("prune_method", "sparsity_type", "sparsity_ratio", "alpha", "save")
-    }
-    row = {"method": "gblm", "pattern": "unstructured", "ratio": 0.5, "alpha": 100, "settings": settings | {"seed": 1, "dtype": "float32"},
-           "perplexity": 42.0, "phases": {"prune": {"seconds": 1, "peak_host_gb": 1}}}  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    ((one, other),) = results.by_settings(results.read([tmp_path]))
-    assert {one.perplexity, other.perplexity} == {40.0, 42.0}
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("step", range(6))
+def test_a_folder_is_the_old_one_or_the_new_one_whenever_the_process_dies(step, earlier, tmp_path, monkeypatch):
+    folder, partial = tmp_path / "g", tmp_path / "g.partial"
+    for path, content in ((folder, "old"), (partial, "new")):
+        path.mkdir()
+        (path / "a").write_text(content)
+    if not earlier:
+        shutil.rmtree(folder)
+    left = [step]
+
+    def dying(operation):
+        def maybe(*args, **kwargs):
+            if not left[0]:
+                raise Died
+            left[0] -= 1
+            return operation(*args, **kwargs)
+
+        return maybe
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying(Path.rename))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        try:
+            files.replace_folder(partial, folder)
+        except Died:
+            pass
+    files.settle(folder)
+    if earlier or step > 1:
+        assert (folder / "a").read_text() == ("new" if not partial.exists() else "old")
+    assert {path.name for path in tmp_path.iterdir()} <= {"g", "g.partial"}
 
 
-def test_unfinished_runs_are_left_out_and_said(tmp_path, caplog):
-    write(tmp_path, "a")
-    write(tmp_path, "b", None, nsamples=8)
-    write(tmp_path, "c", "NaN", nsamples=16)
-    runs = results.read([tmp_path])
-    assert [run.settings["nsamples"] for run in runs] == [4, 16] and runs[1].perplexity != runs[1].perplexity
-    assert "b/results.json is of a run that has not ended" in caplog.text
+def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "a").write_text("old")
+
+    def half(path: Path) -> None:
+        path.write_text("ne")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        files.replace_file(tmp_path / "a", half)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_the_same_run_twice_counts_once(tmp_path, caplog):
-    write(tmp_path, "a", 40.0)
-    write(tmp_path, "b", 41.0)
-    (run,) = results.read([tmp_path])
-    assert run.perplexity == 41.0 and "a/results.json, which is left out" in caplog.text
+def test_gradients_that_fail_leave_the_earlier_ones(flags, tmp_path, monkeypatch):
+    computed(*flags, "--output_dir", tmp_path)
+    folder = tmp_path / "llama2" / "gradients_aggregrate_norm_l2_model_tiny"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    fingerprint = pruning.Decoder.fingerprint
+    monkeypatch.setattr(pruning.Decoder, "fingerprint", lambda self, i: fingerprint(self, i) if i else 1 / 0)
+    monkeypatch.setattr(pruning.Decoder, "checksum", lambda self: "")
+    monkeypatch.setattr(gradient_computation, "point_out_earlier", lambda *args: None)
+    with pytest.raises(ZeroDivisionError):  # at the last block
+        computed(*flags, "--output_dir", tmp_path, "--seed", 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert GradientNorms(folder).index["seed"] == 0
 
 
-def test_where_chooses(tmp_path):
-    for name, flags in {"a": {}, "b": {"prune_method": "wanda"}, "c": {"alpha": 10.0}, "d": {"seed": 3}}.items():
-        write(tmp_path, name, **flags)
-    output = "--output", tmp_path / "t"
-    assert [row["method"] for row in collect(tmp_path, *output, "--where", "method=wanda")] == ["wanda"]
-    assert len(collect(tmp_path, *output, "--where", "alpha=,100", "--each")) == 3
-    assert [row["seeds"] for row in collect(tmp_path, *output, "--where", "seed=3")] == ["3"]
-    for wrong, message in (("colour=red", "no such setting"), ("seed=9", "no run has seed=9")):
-        with pytest.raises(ValueError, match=message):
-            collect(tmp_path, *output, "--where", wrong)
-    with pytest.raises(ValueError, match="colour is none of"):
-        collect(tmp_path, *output, "--columns", "colour")
+def test_results_say_when_the_pruned_perplexity_is_missing(wanda, tmp_path, monkeypatch):
+    pruned(*wanda)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["status"] == "complete"
+    values, seen = [5.0, None], []
+
+    def perplexity(*args, **more):
+        if (value := values.pop(0)) is None:
+            seen.append(json.loads((tmp_path / "out" / "results.json").read_text()))
+            raise RuntimeError("out of memory")
+        return value
+
+    monkeypatch.setattr(pruning, "perplexity", perplexity)
+    with pytest.raises(RuntimeError):
+        pruned(*wanda, "--seed", 1, "--save_model", tmp_path / "model")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert seen[0]["status"] == "pruned; the perplexity is being measured" and seen[0]["flags"]["seed"] == 1
+    assert results["status"] == "pruned; the perplexity could not be measured: RuntimeError('out of memory')"
+    assert results["perplexity"]["dense"] == 5.0 and results["perplexity"]["pruned"] is None
+    assert results["sparsity"] == pytest.approx(0.5)
+    assert not (tmp_path / "out" / "log.txt").exists()  # of the run before, whose perplexity is not this model's
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"flags": {}}', "3"])
-def test_other_json_is_named(text, tmp_path):
-    (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match="results.json holds no results"):
-        results.read([tmp_path])
+def test_results_are_json_whatever_the_perplexity(wanda, tmp_path, monkeypatch):
+    values = [5.0, math.inf]
+    monkeypatch.setattr(pruning, "perplexity", lambda *args, **more: values.pop(0))
+    pruned(*wanda)
+    results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert float(results["perplexity"]["pruned"]) == math.inf
 
 
-def test_places_without_results_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        results.read([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="no finished run"):
-        results.read([tmp_path])
+def test_earlier_results_are_pointed_out_before_they_are_replaced(wanda, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    wanda += ["--save_model", tmp_path / "model"]
+    pruned(*wanda)
+    assert "is replaced" not in caplog.text
+    pruned(*wanda)
+    assert f"the result in {tmp_path}/out/results.json, of a run with the same settings, is replaced" in caplog.text
+    caplog.clear()
+    pruned(*wanda, "--sparsity_ratio", 0.25, "--seed", 3)
+    assert "sparsity_ratio was 0.5 and is now 0.25" in caplog.text and "seed was 0 and is now 3" in caplog.text
+    assert f"the earlier pruned checkpoint in {tmp_path}/model is replaced" in caplog.text
+    assert "nsamples" not in caplog.text and "weights was" not in caplog.text
+    caplog.clear()
+    change_a_weight(tmp_path / "tiny")
+    pruned(*wanda, "--sparsity_ratio", 0.25, "--seed", 3)
+    [said] = [line for line in caplog.text.splitlines() if "the earlier result in" in line]
+    assert "WARNING" in said and "weights was" in said and "seed" not in said
 
 
-def test_a_stale_table_of_a_page_is_noticed_and_made_anew():
-    page = (ROOT / "MODEL_ZOO.md").read_text()
-    assert collect_results.filled(page) == page
-    stale = page.replace("| 49.77 |", "| 48.77 |")
-    assert stale != page and collect_results.filled(stale) == page
+def test_earlier_gradients_are_pointed_out_before_they_are_replaced(flags, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    flags += ["--output_dir", tmp_path, "--norms", "l2"]
+    computed(*flags)
+    assert "replaced" not in caplog.text
+    computed(*flags)
+    assert "of a run with the same settings, is replaced when this run has its own" in caplog.text
+    caplog.clear()
+    shutil.copytree(tmp_path / "tiny", tmp_path / "elsewhere" / "tiny")
+    change_a_weight(tmp_path / "elsewhere" / "tiny")
+    computed(*flags, "--model", tmp_path / "elsewhere" / "tiny", "--nsamples", 3)
+    [said] = [line for line in caplog.text.splitlines() if "the earlier result in" in line]
+    assert "WARNING" in said and "nsamples was 2 and is now 3" in said
+    assert 'weights was "another model\'s" and is now "this model\'s"' in said
 
 
-def test_filling_changes_nothing_but_tables(tmp_path):
-    data = "docs/results/smollm2-135m-c4.jsonl"
-    page = (
-        f"before\n<!-- table {data} --where method=dense --columns method perplexity -->\nold\n<!-- end of table -->\nafter\n"
-    )
-    file = tmp_path / "page.md"
-    file.write_text(page)
-    collect_results.main(collect_results.parse(["--fill", str(file)]))
-    lines = file.read_text().splitlines()
-    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines and "| dense | 21.62 |" in lines
+def test_unfinished_sums_are_not_deleted_in_silence(flags, tmp_path, caplog, monkeypatch):
+    stop = gradient_computation.GradientWork.commit
+
+    def stopped(work, done, missing):
+        stop(work, done, missing)
+        raise KeyboardInterrupt
+
+    flags += ["--output_dir", tmp_path, "--memory", "streamed", "--activation_memory", 1e-6]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gradient_computation.GradientWork, "commit", stopped)
+        computed(*flags)
+    work = tmp_path / "llama2" / "gradients_aggregrate_norm_work_model_tiny.rank0"
+    assert {path.name for path in work.iterdir()} == {"state.json", "samples_00001"}  # what --resume needs, and no more
+    assert not list(work.parent.glob("*.partial")) and not list(work.parent.glob("*.lock"))
+    computed(*flags)
+    assert f"the unfinished sums in {work} are deleted: --resume would go on with them" in caplog.text
 
 
-@pytest.mark.parametrize("arguments", [[], ["out", "--fill", "page"], ["out", "--where", "seed"]])
-def test_wrong_flags_are_parser_errors(arguments):
-    with pytest.raises(SystemExit) as stop:
-        collect_results.parse(arguments)
-    assert stop.value.code == 2
+def test_more_positions_than_a_rotary_model_was_made_for(flags, tmp_path, caplog, documents):
+    text = tmp_path / "long.txt"
+    text.write_text(" ".join(documents))
+    computed(*flags, "--dataset", text, "--seq_length", 65, "--nsamples", 1, "--output_dir", tmp_path)
+    assert "--seq_length 65 is beyond the 64 positions" in caplog.text
+    caplog.clear()
+    computed(*flags, "--dataset", text, "--seq_length", 64, "--nsamples", 1, "--output_dir", tmp_path)
+    assert "beyond the 64 positions" not in caplog.text
+
+
+def test_differences():
+    assert report.differences({"a": 1, "b": 2}, {"b": 3, "a": 1, "c": 4}) == "b was 2 and is now 3, c was None and is now 4"
+    assert report.differences({"a": 1}, {"a": 1}) == ""
+
+
+def change_a_weight(model: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        loaded.model.layers[1].mlp.up_proj.weight.neg_()
+    loaded.save_pretrained(model)

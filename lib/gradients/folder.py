@@ -10,6 +10,7 @@ The published format, one .pth file with a dict of float16 tensors of scale 100,
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib.files import replace_file, replace_folder, settle
 from lib.gradients.walk import SCALE
-from lib.models.checkpoint import replace_file
+from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,28 @@ def key_of(linear: str, block: int) -> str:
     return f"{linear}_layer_{block}"
 
 
+def scales_of(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest scale of norms stored in `dtype`: between them a gradient of norm 1 can be stored.
+
+    In float16 that is what float16 holds. In float32 the squares of scaled gradients, summed in fp32, set the limits.
+    """
+    info = torch.finfo(dtype)
+    if dtype == torch.float32:
+        return math.sqrt(info.smallest_normal), math.sqrt(info.max)
+    return info.smallest_normal, info.max
+
+
 class GradientWriter:
-    """Writes a gradient folder under a temporary name and renames it when its index is in place."""
+    """Writes a gradient folder under a temporary name and renames it when its index is in place.
+
+    A context manager: left before `finish`, nothing of it stays, and an earlier result is what it was.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float16):
         self.folder = folder
         self.dtype = dtype
         self.partial = folder.with_name(folder.name + ".partial")
+        settle(folder)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         self.files: dict[str, dict] = {}
@@ -92,9 +109,15 @@ class GradientWriter:
             "files": dict(sorted(self.files.items())),
             "fingerprint": self.fingerprint,
         }
-        (self.partial / INDEX).write_text(json.dumps(index, indent=1))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.replace(self.partial, self.folder)
+        text = json.dumps(index, indent=1)
+        replace_file(self.partial / INDEX, lambda path: path.write_text(text))
+        replace_folder(self.partial, self.folder)
+
+    def __enter__(self) -> "GradientWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 class GradientNorms:
@@ -111,6 +134,7 @@ class GradientNorms:
         self.fingerprint: dict[str, list[float]] = {}
         self.scale = SCALE
         self.published: dict[str, torch.Tensor] = {}
+        settle(self.path)
         if not self.path.exists():
             raise FileNotFoundError(f"gradient path {path} does not exist: {REMEDY}")
         if self.path.is_dir():
@@ -118,17 +142,21 @@ class GradientNorms:
                 inside = [str(index.parent) for index in sorted(self.path.glob(f"**/{INDEX}"))]
                 remedy = f"did you mean {' or '.join(inside)}?" if inside else REMEDY
                 raise FileNotFoundError(f"{path} has no {INDEX}, so it is not a finished result: {remedy}")
-            self.index = json.loads((self.path / INDEX).read_text())
-            self.scale = self.index["scale"]
-            self.files = self.index["files"]
-            self.fingerprint = self.index["fingerprint"]
+            try:
+                self.index = json.loads((self.path / INDEX).read_text())
+                self.scale, self.files, self.fingerprint = (self.index[key] for key in ("scale", "files", "fingerprint"))
+                if not 0 < self.scale < math.inf:
+                    raise ValueError(f"scale {self.scale}")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path / INDEX} is damaged ({error!r}): restore it, or {REMEDY}") from error
         else:
             try:
                 self.published = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch raises half a dozen types here
                 raise ValueError(f"{path} is neither a gradient folder nor a published .pth file: {REMEDY}") from error
-            if not isinstance(self.published, dict):
-                raise ValueError(f"{path} holds a {type(self.published).__name__}, not the published dict of tensors: {REMEDY}")
+            content = self.published.items() if isinstance(self.published, dict) else [(type(self.published).__name__, None)]
+            if strange := [key for key, value in content if not (isinstance(key, str) and isinstance(value, torch.Tensor))]:
+                raise ValueError(f"{path} holds {strange[0]}, and is not the published dict of tensors: {REMEDY}")
 
     def block(self, i: int) -> dict[str, torch.Tensor]:
         """The norms of block `i` as stored: {linear: (out, in)}, mapped."""
@@ -170,6 +198,13 @@ class GradientNorms:
                             f"{keys[name]} in {self.path} was computed for other weights ({self.index.get('model')}): "
                             f"gradients come from the dense model that is pruned, so {REMEDY}"
                         )
+
+    def is_of(self, decoder: Decoder) -> bool:
+        """Whether these are the norms of this model's weights, as far as the index tells."""
+        recorded = {key_of(name, i): few for i in range(len(decoder)) for name, few in decoder.fingerprint(i).items()}
+        return recorded.keys() == self.fingerprint.keys() and all(
+            _same_weights(few, self.fingerprint[key]) for key, few in recorded.items()
+        )
 
     def _file(self, i: int) -> str:
         return f"block_{i:03d}.safetensors"

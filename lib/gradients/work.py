@@ -8,19 +8,20 @@ A group writes its sums beside those of the group before, which are deleted when
 process dies, the sums that state.json names are whole.
 """
 
-import fcntl
 import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
+from lib.files import replace_file
 from lib.gradients.sums import BlockSums
-from lib.models.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,15 @@ SAVING_SHARE = 0.1  # of its time that saving may take: what takes long is done 
 class GradientWork(MutableMapping):
     """{block index: BlockSums} on disk. Reads give the sums of the last commit, writes become visible at the next.
 
+    A context manager: however it is left, nothing half-written and no lock stays; committed sums stay until `remove`.
+
     Args:
         folder: where to keep it. `settings`: what the sums depend on; compared with what is there when resuming.
         resume: go on from what is there (nothing there: start anew). Otherwise it is deleted.
 
     Raises:
-        ValueError: resuming with other settings (the message names the difference), or another run has the folder.
+        ValueError: resuming with other settings (the message names the difference) or from a damaged state, or another
+            run has the folder.
     """
 
     def __init__(self, folder: Path, settings: dict, device: torch.device, resume: bool = False):
@@ -47,29 +51,50 @@ class GradientWork(MutableMapping):
         self.done = 0
         self.missing: dict[str, int] = {}
         self.saved, self.took = time.monotonic(), 0.0
-        state = folder / STATE
-        resume = resume and state.is_file()
-        if resume:
-            recorded = json.loads(state.read_text())
-            for key, value in settings.items():
-                if recorded["settings"].get(key) != value:
-                    raise ValueError(
-                        f"cannot resume: {key} was {recorded['settings'].get(key)!r} and is now {value!r} ({folder}); "
-                        "use the same flags (of --memory auto, what it chose), or start anew without --resume"
-                    )
-            self.done, self.missing = recorded["done"], recorded["missing"]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115 (held until the process ends, however)
+        self.lock = FileLock(folder.with_name(folder.name + ".lock"))  # the system releases it when the process dies
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.lock.acquire(blocking=False)
+        except Timeout:
             raise ValueError(f"another run has its sums in {folder}: let it finish, or use another --output_dir") from None
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        for other in folder.glob("samples_*"):
+        try:
+            self._start(resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _start(self, resume: bool) -> None:
+        """Take over the sums of an earlier run, or delete them."""
+        if (self.folder / STATE).is_file():
+            recorded = _read_state(self.folder / STATE) if resume else None
+            if recorded is None:
+                logger.warning("the unfinished sums in %s are deleted: --resume would go on with them", self.folder)
+            else:
+                for key, value in self.settings.items():
+                    if recorded["settings"].get(key) != value:
+                        raise ValueError(
+                            f"cannot resume: {key} was {recorded['settings'].get(key)!r} and is now {value!r} ({self.folder}); "
+                            "use the same flags (of --memory auto, what it chose), or start anew without --resume"
+                        )
+                self.done, self.missing = recorded["done"], recorded["missing"]
+        if not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for other in self.folder.glob("samples_*"):
             if other != self._sums(self.done):
                 shutil.rmtree(other)
         self._next().mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "GradientWork":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.done:
+            shutil.rmtree(self._next(), ignore_errors=True)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._unlock()
+        with suppress(OSError):  # not empty
+            self.folder.parent.rmdir()
 
     def __getitem__(self, i: int) -> BlockSums:
         file = self._sums(self.done) / f"block_{i:03d}.safetensors"
@@ -126,12 +151,24 @@ class GradientWork(MutableMapping):
 
     def remove(self) -> None:
         """The result is in place: nothing here is needed any more."""
+        self.done = 0
         shutil.rmtree(self.folder)
-        Path(self.lock.name).unlink()
-        self.lock.close()
+
+    def _unlock(self) -> None:
+        with suppress(OSError):  # Windows removes no file that is open, and filelock does it there
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
 
     def _sums(self, done: int) -> Path:
         return self.folder / f"samples_{done:05d}"
 
     def _next(self) -> Path:
         return self.folder / "samples_next"
+
+
+def _read_state(path: Path) -> dict:
+    try:
+        state = json.loads(path.read_text())
+        return {key: state[key] for key in ("settings", "done", "missing")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot resume: {path} is damaged ({error!r}): start anew without --resume") from error

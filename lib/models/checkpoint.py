@@ -127,15 +127,3 @@ def _mapped_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} cannot be mapped ({type(error).__name__}): save the model once with transformers (model.save_pretrained)"
         ) from error
-
-
-def replace_file(path: Path, write) -> None:
-    """Have `write(temporary path)` make a file, then give it its name: a half-written file is never taken for a whole one."""
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)  # safetensors makes a file that only its owner can read
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -45,11 +45,11 @@ class ModelTensors(Mapping[str, torch.Tensor]):
         self.checkpoint = checkpoint
         self.model = model
         self.group_of: dict[str, Group] = {}  # name in the model -> its group
+        self.shapes: dict[str, torch.Size] = {}
         for group in _groups(checkpoint, model):
-            made = [group.first]
-            if group.converter:  # which may make more than its first
-                made = list(self._convert(group, {name: checkpoint.outline(name) for name in group.names}))
+            made = self._convert(group, {name: checkpoint.outline(name) for name in group.names})
             self.group_of |= dict.fromkeys(made, group)
+            self.shapes |= {name: tensor.shape for name, tensor in made.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         group = self.group_of[name]

@@ -6,6 +6,7 @@ Head and tail are the model's own forward with the blocks' forward replaced, so 
 soft-capping and tied heads are the model's own and no family is a special case.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,14 @@ class Decoder:
                 weight = weight if matrix.index is None else weight[matrix.index]
             values.append(matrix.oriented(weight)[row, column].float())
         return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
+
+    def checksum(self) -> str:
+        """SHA-256 of the fingerprint of all blocks: which weights these are."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            for values in self.fingerprint(i).values():
+                digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
 
     @contextmanager
     def resident(self, i: int) -> Iterator[nn.Module]:
@@ -243,6 +252,8 @@ class Decoder:
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    if not count:
+        raise ValueError(f"{type(model).__name__} has {count} decoder blocks (num_hidden_layers): there is nothing to prune")
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return next(name for name, other in model.named_modules() if other is module), module

@@ -2,13 +2,27 @@
 
 import json
 import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PretrainedConfig,
+    __version__,
+)
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from lib.models.checkpoint import Checkpoint
 from lib.models.conversion import ModelTensors
@@ -17,31 +31,45 @@ from lib.models.decoder import Decoder
 logger = logging.getLogger(__name__)
 
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
+SAID = 200  # characters of another library's message that are passed on
+TABLE_OFFSET = 2  # rows before the first position in the tables of OPT and its like
 NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
-    name: str, *, dtype: str = "auto", device: str | torch.device = "auto", streamed: bool = False, cache_dir: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    streamed: bool = False,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Decoder:
     """Load a local or hub model for inference and pruning.
 
-    `dtype` "auto": the checkpoint's own on a GPU; on a CPU bfloat16 where it has bfloat16 matrix instructions, else
+    `dtype` "auto": the checkpoint's own on a GPU (float16 for bfloat16 where the GPU has none); on a CPU bfloat16 where it has bfloat16 matrix instructions, else
     float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's files.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`); streamed, a checkpoint without a tensor of the model.
+        ValueError: a model this project cannot prune (see `Decoder`), or weights that are damaged or not the config's.
     """
     device = resolve_device(device)
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     run_dtype = resolve_dtype(dtype, config, device)
+    if dtype == "auto" and run_dtype == torch.float16 != getattr(config, "dtype", None) and not _has_bfloat16(device):
+        logger.warning("%s has no bfloat16 of its own: computing in float16", device)
     if not streamed:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=run_dtype, cache_dir=cache_dir, device_map={"": device} if device.type != "cpu" else None
-        )
+        placed = {"device_map": {"": device}} if device.type != "cpu" else {}
+        with reading(name, "its weights", "restore the files, or download them again"), _quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=run_dtype, cache_dir=cache_dir, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
+                output_loading_info=True, **placed,
+            )  # fmt: skip
+        _require_whole(name, found)
         return Decoder(model, device)
 
-    decoder = on_disk(name, dtype=run_dtype, device=device, cache_dir=cache_dir)
+    decoder = on_disk(name, dtype=run_dtype, device=device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     model, path = decoder.model, decoder.prefixes[0].removesuffix("0.")
     for key in saved_names(decoder):
         if not key.startswith(path):
@@ -53,10 +81,32 @@ def load(
     return decoder
 
 
-def check_name(name: str) -> None:
-    """Raise FileNotFoundError if `name` can only be a folder, not a name on the hub (OWNER/NAME), and is none."""
-    if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
-        raise FileNotFoundError(f"{name} is not a folder, and cannot be a model on the hub: those are called OWNER/NAME")
+def read_config(name: str, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's config.
+
+    Raises:
+        ValueError: damaged, of an unknown kind, in need of --trust_remote_code, or of a model this project cannot prune.
+    """
+    remedy = "restore it, or download the model again"
+    with reading(name, "its config.json", remedy):
+        said, _ = PretrainedConfig.get_config_dict(name, cache_dir=cache_dir)
+        kind, code = said.get("model_type"), said.get("auto_map") or {}
+    if kind not in CONFIG_MAPPING and not code:
+        known = f"which transformers {__version__} does not know: see which version does, or whether the name is right"
+        raise ValueError(f"{name} has the model_type {kind!r} in its config.json, {known}")
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        raise ValueError(
+            f"{name} runs code of its own ({kind}, auto_map in config.json): read it, then add --trust_remote_code"
+        )
+    with reading(name, "its config.json", remedy):
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code
+    if getattr(config, "is_encoder_decoder", False) or encoder or not causal:
+        raise ValueError(f"{name} is a {kind}, not a decoder that predicts the next token: only those can be pruned")
+    return config
 
 
 def outline(
@@ -65,33 +115,39 @@ def outline(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     cache_dir: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Decoder:
     """A model with its parameters on the meta device: names and shapes, from its config alone.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`). OSError: no such model.
+        ValueError: a model this project cannot prune (see `Decoder`), or a config as in `read_config`.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    except OSError as error:  # not there, not public, or no network: transformers says which
-        raise OSError(f"{name} cannot be read: {error}") from error
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{name} is quantised: only dense weights can be pruned, give the model it was made from")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    with (
+        reading(name, "its config.json", "no model can be made of it, restore it or download the model again"),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return Decoder(model, torch.device(device))
 
 
 def on_disk(
-    name: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", cache_dir: str | None = None
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Decoder:
     """A model all of whose tensors are still in its checkpoint's files, `source`.
 
     Raises:
-        ValueError: a tensor of the model that the files do not have, or a model that cannot be pruned.
+        ValueError: files that are damaged, do not have a tensor of the model, or have it in another shape; or a model that
+            cannot be pruned.
     """
-    decoder = outline(name, dtype=dtype, device=device, cache_dir=cache_dir)
-    decoder.source = source = ModelTensors(Checkpoint(name, cache_dir), decoder.model)
+    decoder = outline(name, dtype=dtype, device=device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    with reading(name, "its weights", "restore the files, or download them again"):
+        decoder.source = source = ModelTensors(Checkpoint(name, cache_dir), decoder.model)
     for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
         # A config may say "tied" of weights that are not: like transformers, believe the weights.
         if tied in source and other in source and not torch.equal(source[tied], source[other]):
@@ -101,27 +157,37 @@ def on_disk(
             f"{name} has no tensor that makes {missing[0]} of {type(decoder.model).__name__}: its config and its weights do not "
             "belong together, or --memory resident reads what streaming cannot"
         )
+    state = decoder.model.state_dict()
+    _require_shapes(name, [(key, source.shapes[key], state[key].shape) for key in saved_names(decoder)])
     return decoder
 
 
-def load_tokenizer(name: str, cache_dir: str | None = None):
+def load_tokenizer(name: str, cache_dir: str | None = None, trust_remote_code: bool = False):
     """The model's own tokenizer.
 
     A LLaMA checkpoint with nothing but SentencePiece's `tokenizer.model` is read as the published code read it: with BOS
     unless its config says otherwise, whatever that calls the class (conversions of LLaMA-1 say "LLaMATokenizer", and some
     have empty special tokens). transformers 5 alone would leave BOS out and split the first word differently.
+
+    Raises:
+        ValueError: its files are missing or damaged.
     """
 
     def find(file: str) -> str | None:
         return cached_file(name, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
 
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    if config.model_type != "llama" or not find("tokenizer.model") or find("tokenizer.json"):
-        return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    path = find("tokenizer_config.json")
-    said = json.loads(Path(path).read_text()) if path else {}
-    missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
-    return LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
+    config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    with reading(name, "its tokenizer", "put the model's own files (tokenizer.json or tokenizer.model) beside its config.json"):
+        if config.model_type != "llama" or not find("tokenizer.model") or find("tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        else:
+            path = find("tokenizer_config.json")
+            said = json.loads(Path(path).read_text()) if path else {}
+            missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
+            tokenizer = LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"a {type(tokenizer).__name__} without a vocabulary")
+    return tokenizer
 
 
 def needs_bos(decoder: Decoder) -> bool:
@@ -138,6 +204,19 @@ def saved_names(decoder: Decoder) -> list[str]:
     """The tensors a checkpoint must hold: all of the state but those that are tied to another."""
     tied = set(getattr(decoder.model, "all_tied_weights_keys", {}))
     return [key for key in decoder.model.state_dict() if key not in tied]
+
+
+def positions(decoder: Decoder) -> tuple[int | None, bool]:
+    """How many positions a model was made for (None: it does not say), and whether it has a table that ends there."""
+    count = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
+    if count is None:
+        return None, False
+    tables = [*decoder.model.named_parameters(), *decoder.model.named_buffers()]
+    learned = any(
+        ("pos" in name or "wpe" in name) and tensor.ndim > 1 and count <= max(tensor.shape[:-1]) <= count + TABLE_OFFSET
+        for name, tensor in tables
+    )
+    return count, learned
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -159,12 +238,66 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16 itself; the T4 and V100, for example, emulate it slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
     """The torch dtype for a --dtype value; see `load`."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type != "cpu":
-        return getattr(config, "dtype", None) or torch.float16
+        own = getattr(config, "dtype", None) or torch.float16
+        return torch.float16 if own == torch.bfloat16 and not _has_bfloat16(device) else own
     capabilities = torch.cpu.get_capabilities()
     fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def reading(name: str, what: str, remedy: str) -> Iterator[None]:
+    """What libraries raise about a model's files, in a dozen types and many lines, as one ValueError of one line."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError | OSError) and Path(__file__).parent in raised_in.parents:
+            raise  # one of ours, in one line already
+        said = " ".join(str(error).split())[:SAID] or type(error).__name__
+        raise ValueError(f"{name}: {what} cannot be read ({said}): {remedy}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of what did not fit: that is said in one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _require_whole(name: str, found: dict) -> None:
+    """Raise ValueError if `found` says that some of the model's weights would be random; warn of weights it does not use."""
+    _require_shapes(name, sorted(found["mismatched_keys"]))
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{name} has no weights for {missing[0]}, and {len(missing) - 1} more tensors of the model in its config.json: "
+            "the two do not belong together, or a file is missing; download the model again"
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        logger.warning("%s: %d tensors are no part of the model in its config.json, such as %s", name, len(unused), unused[0])
+
+
+def _require_shapes(name: str, shapes: list[tuple]) -> None:
+    """Raise ValueError if of (tensor, shape in the file, shape in the model) two differ."""
+    for key, there, here in shapes:
+        if there != here:
+            raise ValueError(
+                f"{name}: {key} is {tuple(there)} in its weights and {tuple(here)} by its config.json: the two do not belong "
+                "together, download the model again"
+            )

@@ -42,7 +42,7 @@ class Sparsity:
         n, m = map(int, match.groups())
         if not 0 < n < m:
             raise ValueError(f"sparsity type {pattern}: N counts the removed weights of every M, so 0 < N < M must hold")
-        if ratio is not None and abs(ratio - n / m) > 1e-9:
+        if ratio is not None and not abs(ratio - n / m) <= 1e-9:
             raise ValueError(f"sparsity type {pattern} implies the ratio {n / m:g}, not {ratio:g}: leave --sparsity_ratio out")
         return cls(n / m, n, m)
 

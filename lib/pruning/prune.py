@@ -19,6 +19,7 @@ from lib.pruning.selection import Targets, select
 logger = logging.getLogger(__name__)
 
 PAPER_ALPHA = 100.0  # arXiv 2311.04902, section 4; the published gradient files have it baked in as their scale
+MAX_ALPHA = 1e30  # scores are fp32, and above 1e8 the activation term is lost in their rounding anyway
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def select(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layer: int = -1,
-    ratios: dict[str, float] | None = None,
+    ratios: dict[str, float | str] | None = None,
 ) -> Targets:
     """The linears to prune.
 
@@ -26,7 +26,8 @@ def select(
         sparsity: of every linear that `ratios` does not name; None if it names all.
         include: shell patterns on full names ("model.layers.0.self_attn.q_proj"); () is all. `exclude`: likewise, and wins.
         layer: this block only; -1 is all.
-        ratios: {block index, or pattern on full names: share to remove}; of several that match the last one counts.
+        ratios: {block index, or pattern on full names: share to remove, "N:M" or "dense"}; of several that match the last
+            one counts.
 
     Raises:
         ValueError: a block that does not exist, a pattern that matches no linear, an empty selection, a linear without a
@@ -39,7 +40,7 @@ def select(
     names = {(i, name): f"{decoder.prefixes[i]}{name}" for i, name in linears}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
-            _matching(pattern, names, flag)
+            _matching(pattern, names, flag, decoder)
     selected = {
         key: full
         for key, full in names.items()
@@ -58,8 +59,8 @@ def select(
                 raise ValueError(f"block {key} of --layer_ratios does not exist: the model has blocks 0 to {len(decoder) - 1}")
             matching = [linear for linear in names if linear[0] == int(key)]
         else:
-            matching = _matching(key, names, "--layer_ratios")
-        own |= dict.fromkeys(matching, Sparsity(ratio))
+            matching = _matching(key, names, "--layer_ratios", decoder)
+        own |= dict.fromkeys(matching, _sparsity(ratio))
 
     targets: Targets = {}
     for (i, name), full in selected.items():
@@ -85,22 +86,35 @@ def total_ratio(decoder: Decoder, targets: Targets) -> float:
     return removed / total
 
 
-def read_ratios(path: str) -> dict[str, float]:
-    """Read a --layer_ratios file, such as {"0": 0.3, "*.down_proj": 0.6}.
+def read_ratios(path: str) -> dict[str, float | str]:
+    """Read a --layer_ratios file, such as {"0": 0.3, "*.down_proj": "4:8", "*.o_proj": "dense"}.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a JSON object of numbers in [0, 1).
+        OSError: no such file. ValueError: not a JSON object of numbers in [0, 1), N:M patterns and "dense".
     """
     try:
         ratios = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f'--layer_ratios {path} is not JSON ({error}): {{"0": 0.3}} would be') from error
     if not isinstance(ratios, dict) or not ratios:
-        raise ValueError(f'{path} is not a JSON object of ratios, such as {{"0": 0.3, "*.down_proj": 0.6}}')
+        raise ValueError(f'{path} is not a JSON object of ratios, such as {{"0": 0.3, "*.down_proj": "4:8"}}')
     for key, ratio in ratios.items():
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-            raise ValueError(f"{path} gives {key!r} the ratio {ratio!r}: it must be a number in [0, 1)")
+        try:
+            _sparsity(ratio)
+        except ValueError as error:
+            expected = 'it must be a number in [0, 1), "N:M" or "dense"'
+            raise ValueError(f"{path} gives {key!r} the ratio {ratio!r}: {expected}") from error
     return ratios
+
+
+def _sparsity(value: float | str) -> Sparsity:
+    if value == "dense":
+        return Sparsity(0.0)
+    if isinstance(value, str):
+        return Sparsity.parse(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return Sparsity.parse("unstructured", value)
 
 
 def _by_name(full: str, patterns: Sequence[str]) -> bool:
@@ -109,9 +123,18 @@ def _by_name(full: str, patterns: Sequence[str]) -> bool:
     return any(pattern.rpartition(".")[2] == own and fnmatchcase(full, pattern) for pattern in patterns)
 
 
-def _matching(pattern: str, names: dict[tuple[int, str], str], flag: str) -> list[tuple[int, str]]:
+def _matching(pattern: str, names: dict[tuple[int, str], str], flag: str, decoder: Decoder) -> list[tuple[int, str]]:
     matching = [linear for linear, full in names.items() if fnmatchcase(full, pattern)]
     if not matching:
+        for outside, module in decoder.model.named_modules():
+            short = outside.rpartition(".")[2]
+            weighs = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+            inside = outside.startswith(tuple(decoder.prefixes))
+            if weighs and not inside and (fnmatchcase(outside, pattern) or fnmatchcase(short, pattern)):
+                raise ValueError(
+                    f"{flag} {pattern!r} means {outside}, which is never pruned: embeddings and the LM head stay dense, only "
+                    f"linears of the blocks are pruned, such as {next(iter(names.values()))}"
+                )
         raise ValueError(
             f"{flag} {pattern!r} matches none of the {len(names)} linears: they are called {next(iter(names.values()))} and so on"
         )

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, random_windows, tiny_decoder
+from conftest import DEVICE, ROOT, random_windows, tiny_decoder
 from safetensors.torch import load_file
 from test_commands import run
 from test_walk import SCALE, largest_difference, ours
@@ -26,8 +26,6 @@ from lib.gradients.work import GradientWork
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import prune
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize("keep_graph", [True, False])
 def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch):
@@ -36,7 +34,7 @@ def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch)
     windows, options = random_windows(7), {"scale": SCALE, "keep_graph": keep_graph, "group": 2}
     expected = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, **options)}
     settings = {"norms": ["l1", "l2"], "scale": SCALE, "seed": 0}
-    work = GradientWork(tmp_path / "work", settings, CPU)
+    work = GradientWork(tmp_path / "work", settings, DEVICE)
     commit, commits = work.commit, []
 
     def die_at_the_third(done, missing):
@@ -53,22 +51,22 @@ def test_sums_go_on_where_they_were_committed(tmp_path, keep_graph, monkeypatch)
     else:
         assert commits == [2, 4, 6]
     with pytest.raises(ValueError, match=r"another run has its sums in .*work: .*another --output_dir"):
-        GradientWork(tmp_path / "work", settings, CPU, resume=True)
-    work.lock.close()  # as when its process dies
-    again = GradientWork(tmp_path / "work", settings, CPU, resume=True)
+        GradientWork(tmp_path / "work", settings, DEVICE, resume=True)
+    work.lock.release()  # as when its process dies
+    again = GradientWork(tmp_path / "work", settings, DEVICE, resume=True)
     assert again.done == commits[1] and sorted(again) == [0, 1, 2]
     resumed = {i: sums.result("l1") for i, sums in gradient_norms(tiny_decoder(), windows, work=again, **options)}
     assert all(torch.equal(expected[i][name], resumed[i][name]) for i in expected for name in expected[i])
+    again.lock.release()
     with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*without --resume"):
-        GradientWork(tmp_path / "work", {**settings, "seed": 1}, CPU, resume=True)
-    again.lock.close()
-    assert GradientWork(tmp_path / "work", settings, CPU).done == 0  # without resume: from the start
+        GradientWork(tmp_path / "work", {**settings, "seed": 1}, DEVICE, resume=True)
+    assert GradientWork(tmp_path / "work", settings, DEVICE).done == 0  # without resume: from the start
 
 
 def test_sums_in_memory_are_saved_when_much_work_could_be_lost_and_not_more_often_than_it_is_worth(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(work_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    work = GradientWork(tmp_path / "work", {"norms": ["l2"], "scale": 1.0}, CPU)
+    work = GradientWork(tmp_path / "work", {"norms": ["l2"], "scale": 1.0}, DEVICE)
     due = []
     monkeypatch.setattr(work, "commit", lambda done, missing: clock.__setitem__(0, clock[0] + 20))  # saving takes 20 seconds
     for second in range(600):
@@ -136,7 +134,7 @@ def of_one_rank(rank, world, port, folder):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    parallel.start(CPU)
+    parallel.start(torch.device("cpu"))
     windows = random_windows(5)
     norms = ours(tiny_decoder(), parallel.share(windows))
     pruned = {}
@@ -148,6 +146,7 @@ def of_one_rank(rank, world, port, folder):
     parallel.stop()
 
 
+@pytest.mark.skipif("DEVICE.type != 'cpu'", reason="gloo; scripts/gpu_check.sh compares two processes over NCCL")
 def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
     torch.multiprocessing.spawn(of_one_rank, (2, 29511, str(tmp_path)), nprocs=2)
     norms = ours(tiny_decoder(), random_windows(5))

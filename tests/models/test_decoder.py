@@ -21,7 +21,7 @@ def walk(decoder, tokens):
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("batch, blocks", [(1, 3), (3, 3), (1, 6)])
 def test_the_walk_is_the_models_forward(family, batch, blocks, monkeypatch):
-    monkeypatch.setitem(decoder_module.TAIL_POSITIONS, "cpu", 5)  # 12 tokens: spans of 5, 5 and 1 targets
+    monkeypatch.setattr(decoder_module, "TAIL_POSITIONS", {"cpu": 5, "gpu": 5})  # 12 tokens: spans of 5, 5 and 1 targets
     deep = {"num_hidden_layers": blocks} | (
         {"no_rope_layers": [1, 0] * (blocks // 2)} if (family, blocks) == ("smollm3", 6) else {}
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE, TINY, random_windows, tiny_decoder, tiny_model
-from test_sparsegpt import naive_solve
+from test_sparsegpt import naive_solve, slack_of
 from torch import nn
 
 from lib.models.decoder import Decoder
@@ -121,7 +121,7 @@ def test_a_block_is_scored_whole_and_sees_pruned_predecessors():
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("pattern, ratio", [("2:4", None), ("unstructured", 0.5)])
 def test_sparsegpt_is_the_naive_solver(family, pattern, ratio):
-    """In the first block: behind it, float64 and fp32 may already differ in a near tie."""
+    """In the first block, in rows where rounding decides nothing; behind it the inputs may differ already."""
     windows, sparsity = random_windows(16), Sparsity.parse(pattern, ratio)
     decoder, dense = tiny_decoder(family), tiny_decoder(family)
     prune(decoder, windows, method="sparsegpt", sparsity=sparsity)
@@ -134,10 +134,11 @@ def test_sparsegpt_is_the_naive_solver(family, pattern, ratio):
         for window in windows:
             dense.model(input_ids=window[None], use_cache=False)
     for name, linear in dense.linears(0).items():
-        expected, pruned = naive_solve(linear.weight, torch.stack(inputs[name]), sparsity), decoder.linears(0)[name].weight
-        same = ((expected == 0) == (pruned == 0)).all(dim=1)
-        assert same.float().mean() > 0.95, name
-        assert torch.allclose(pruned[same].double(), expected[same], atol=1e-3, rtol=1e-2), name
+        expected, clear = naive_solve(linear.weight, torch.stack(inputs[name]), sparsity)
+        pruned = decoder.linears(0)[name].weight
+        assert clear.float().mean() >= 0.5, name
+        assert torch.equal(pruned[clear] == 0, expected[clear] == 0), name
+        assert (pruned[clear] - expected[clear]).norm() <= slack_of(linear.in_features) * expected[clear].norm(), name
 
 
 @pytest.mark.parametrize("pattern, ratio", [("2:4", None), ("unstructured", 0.5)])

@@ -19,30 +19,55 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     return accumulated.result(len(x))
 
 
-def naive_solve(w: torch.Tensor, x: torch.Tensor, sparsity: Sparsity, columns: int = 128) -> torch.Tensor:
-    """Optimal brain surgery, column by column, in float64; the Hessian's inverse is recomputed for what remains."""
-    w, h = w.double().clone(), 2 / len(x) * sum(s.double().T @ s.double() for s in x)
+DAMPING = 0.01
+
+
+def slack_of(width: int) -> float:
+    """How far a score from an fp32 Hessian may be from the exact one, relatively.
+
+    The damped Hessian's condition number is at most width / DAMPING + 1, and so often half a unit in the last place is what
+    its inverse may be wrong by. Whether a score within it of a threshold is below is decided by rounding, so by the machine.
+    """
+    return (width / DAMPING + 1) * 2.0**-24
+
+
+def exact_hessian_of(x: torch.Tensor) -> torch.Tensor:
+    return 2 / len(x) * sum(s.double().T @ s.double() for s in x)
+
+
+def naive_solve(w: torch.Tensor, x: torch.Tensor, sparsity: Sparsity, columns: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Optimal brain surgery, column by column, in float64; the Hessian's inverse is recomputed for what remains.
+
+    Returns the weights (out, in), and the rows (out,) none of whose scores was within rounding of where the mask ends.
+    """
+    w, h = w.double().clone(), exact_hessian_of(x)
     dead = h.diagonal() == 0
     h[dead, dead] = 1
     w[:, dead] = 0
-    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    h += DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
     width = w.shape[1]
+    slack = 2 * slack_of(width)  # of the score, and of the one it is compared with
     d = torch.stack([torch.linalg.inv(h[j:, j:])[0, 0] for j in range(width)])  # = diag(upper Cholesky of H^-1)^2
     mask = torch.zeros_like(w, dtype=torch.bool)
+    clear = torch.ones(len(w), dtype=torch.bool, device=w.device)
     for j in range(width):
         if sparsity.m is None and j % columns == 0:
             score = w[:, j : j + columns] ** 2 / d[j : j + columns]
-            threshold = score.flatten().sort().values[int(score.numel() * sparsity.ratio)]
-            mask[:, j : j + columns] = score <= threshold
+            ordered, last = score.flatten().sort().values, int(score.numel() * sparsity.ratio)
+            mask[:, j : j + columns] = score <= ordered[last]
+            near = (score - ordered[last : last + 2].mean()).abs() <= slack * ordered[last]
+            clear &= ~near.any(dim=1)
         elif sparsity.m and j % sparsity.m == 0:
             group = slice(j, j + sparsity.m)
-            order = (w[:, group] ** 2 / d[group]).sort(dim=1, stable=True).indices[:, : sparsity.n]
-            mask[:, group].scatter_(1, order, True)
+            ordered = (w[:, group] ** 2 / d[group]).sort(dim=1, stable=True)
+            mask[:, group].scatter_(1, ordered.indices[:, : sparsity.n], True)
+            removed, kept = ordered.values[:, sparsity.n - 1], ordered.values[:, sparsity.n]
+            clear &= kept - removed > slack * kept
         inverse = torch.linalg.inv(h[j:, j:])
         error = torch.where(mask[:, j], w[:, j], 0) / inverse[0, 0]
         w[:, j:] -= error[:, None] * inverse[0]
         w[mask[:, j], j] = 0
-    return w
+    return w, clear
 
 
 CASES = [("unstructured", 0.5, 24), ("2:4", None, 24), ("1:3", None, 150), ("unstructured", 0.3, 150)]
@@ -50,19 +75,18 @@ CASES = [("unstructured", 0.5, 24), ("2:4", None, 24), ("1:3", None, 150), ("uns
 
 @pytest.mark.parametrize("pattern, ratio, width", CASES)
 def test_solver_is_optimal_brain_surgery(pattern, ratio, width):
-    """Equal in float64; in fp32, where rounding decides between nearly equal scores, with an error as small."""
+    """In float64 in every row; in fp32, as pruning uses it, in those where rounding decides nothing."""
     x = inputs(width)
     w = torch.randn(16, width, generator=torch.Generator().manual_seed(9))
     sparsity = Sparsity.parse(pattern, ratio)
-    naive = naive_solve(w, x, sparsity, columns=128)
-    h = 2 / len(x) * sum(s.double().T @ s.double() for s in x)
-    exact = solve(w.double(), h.clone(), sparsity)
+    naive, clear = naive_solve(w, x, sparsity)
+    exact = solve(w.double(), exact_hessian_of(x), sparsity)
     assert torch.equal(exact == 0, naive == 0)
     assert torch.allclose(exact, naive, rtol=1e-9, atol=1e-9)
-
-    pruned = solve(w, hessian_of(x), sparsity)
-    errors = [(((solved.double() - w) @ h) * (solved.double() - w)).sum().item() for solved in (pruned, naive)]
-    assert errors[0] == pytest.approx(errors[1], rel=(width / 0.01 + 1) * 2.0**-24)  # the damped Hessian's condition number
+    ours = solve(w, hessian_of(x), sparsity)
+    assert clear.float().mean() >= 0.5
+    assert torch.equal(ours[clear] == 0, naive[clear] == 0)
+    assert (ours[clear] - naive[clear]).norm() <= slack_of(width) * naive[clear].norm()
 
 
 def test_hessian_is_two_over_n_sequences():
