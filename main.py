@@ -160,6 +160,7 @@ def declare(groups: cli.Groups) -> None:
         help="windows of the perplexity, or requests of tasks, in one forward pass (default: %(default)s)",
     )
     groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--plots", action="store_true", help="also sparsity and seconds as PNG and PDF, to --save")
     groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
 
 
@@ -259,16 +260,14 @@ def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
-    if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
-        parser.error("--save_model is the folder of --model: the dense weights would be lost, choose another")
-    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
-        parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
-    for flag, folder in {"save": args.save, "save_model": args.save_model}.items():
-        try:
-            if folder is not None:
-                files.check_writable(folder)
-        except OSError as error:
-            parser.error(f"--{flag} cannot be written: {error}: choose another folder")
+    if args.plots and not args.save:
+        parser.error("--plots go to the folder of --save: add it")
+    cli.check_save_model(parser, args)
+    try:
+        if args.save:
+            files.check_writable(args.save)
+    except OSError as error:
+        parser.error(f"--save cannot be written: {error}: choose another folder")
 
 
 @dataclass
@@ -532,7 +531,7 @@ def keep_results(run: Run, status: str) -> dict:
         "phases": run.phases.record,
     }
     if args.save and parallel.rank() == 0:
-        report.write(args.save, results, run.zeros, run.errors)
+        report.write(args.save, results, args.plots)
     return results
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import signal
 import sys
 import traceback
@@ -15,11 +16,11 @@ import torch
 from datasets.utils import disable_progress_bars as disable_data_progress_bars
 from transformers.utils.logging import disable_progress_bar as disable_model_progress_bars
 
-from lib import parallel
+from lib import files, parallel
 from lib.data import sources, windows
 from lib.evaluation.perplexity import windows_of
 from lib.gradients.folder import GradientNorms
-from lib.models import fetch, loading, memory
+from lib.models import fetch, loading, memory, store
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,19 @@ def check_common_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         sources.check_source(args.dataset, args.data_dir)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+
+
+def check_save_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with `parser.error` if --save_model would replace weights that are not this project's."""
+    if args.save_model and os.path.realpath(args.save_model) == os.path.realpath(args.model):
+        parser.error("--save_model is the folder of --model: its weights would be lost, choose another")
+    if args.save_model and (foreign := store.foreign_weights(args.save_model)):
+        parser.error(f"--save_model would replace {foreign}, which this project has not written: choose another folder")
+    try:
+        if args.save_model:
+            files.check_writable(args.save_model)
+    except OSError as error:
+        parser.error(f"--save_model cannot be written: {error}: choose another folder")
 
 
 def start(args: argparse.Namespace) -> torch.device:
@@ -347,7 +361,7 @@ def set_up_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for name in ("httpx", "httpcore", "accelerate", "fsspec", "filelock", "matplotlib", "lm_eval"):
+    for name in ("httpx", "httpcore", "accelerate", "fsspec", "filelock", "matplotlib", "fontTools", "lm_eval"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("datasets", "transformers", "huggingface_hub"):  # which print their lines themselves: here once, as all others
         library = logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: log.txt as published, results.json, a plot; and the time and memory each phase took."""
+"""What a run leaves behind: log.txt as published, results.json, plots; and the time and memory each phase took."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lib import figures
 from lib.files import replace_file
 from lib.models.weights import kind_of
 
@@ -23,6 +24,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+SIZE = (figures.PAGE, 2.6)  # inches, of sparsity.png
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
 
@@ -95,11 +97,10 @@ def _peak_host() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write(folder: str, results: dict, zeros: dict, errors: dict) -> None:
-    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt into `folder`.
+def write(folder: str, results: dict, plots: bool = False) -> None:
+    """Write results.json, sparsity.png and, once the pruned perplexity is known, log.txt and the other `plots` into `folder`.
 
-    Each has its name only when it is whole. An earlier run's log.txt goes with that run's results.json. `zeros` is what
-    `prune.prune` returned, `errors` {block: what it measured there}.
+    Each has its name only when it is whole. An earlier run's log.txt goes with that run's results.json.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,18 @@ def write(folder: str, results: dict, zeros: dict, errors: dict) -> None:
         measured.unlink(missing_ok=True)
     else:
         replace_file(measured, lambda file: file.write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n"))
-    replace_file(path / "sparsity.png", lambda file: _plot(file, zeros, errors))
+    zeros, ends = results["sparsity_by_block"], (".png", ".pdf") if plots else (".png",)
+    figures.save(lambda figure: figures.blocks(figure, _by_kind(zeros), "share of zeros"), path / "sparsity", SIZE, ends=ends)
+    errors = {
+        i: {name: pair["updated"] for name, pair in found["linears"].items()}
+        | ({"output": found["output"]["after"]} if found["output"] else {})
+        for i, found in results["errors_by_block"].items()
+    }
+    if errors:
+        figures.save(lambda figure: figures.blocks(figure, _by_kind(errors), "error left"), path / "errors", SIZE, ends=ends)
+    if plots and pruned is not None:
+        seconds = {"": {name: phase["seconds"] for name, phase in results["phases"].items()}}
+        figures.save(lambda figure: figures.phases(figure, seconds), path / "seconds", (SIZE[0], 1.4))
 
 
 def _finite(value):
@@ -137,33 +149,12 @@ def errors_by_linear(errors: dict) -> dict[str, dict]:
     }
 
 
-def _plot(path: Path, zeros: dict, errors: dict) -> None:
-    from matplotlib.figure import Figure  # not pyplot: it keeps every figure of the process alive
-
-    shares: dict[int, dict[str, float]] = {}
-    for i, linears in zeros.items():
-        counts: dict[str, list[int]] = {}  # experts are of one kind
-        for name, (zero, total) in linears.items():
-            counts[kind_of(name)] = [a + b for a, b in zip(counts.get(kind_of(name), (0, 0)), (zero, total), strict=True)]
-        shares[i] = {kind: 100 * zero / total for kind, (zero, total) in counts.items()}
-    left: dict[int, dict[str, float]] = {}
-    for i, found in errors.items():
-        for name, (_, after) in found.items():
-            kind = kind_of(name) or "output"
-            left.setdefault(i, {})[kind] = max(left.get(i, {}).get(kind, 0), 100 * after)
-    figure = Figure(figsize=(8, 8 if left else 4), layout="constrained")
-    axes = figure.subplots(2 if left else 1, squeeze=False)[:, 0]
-    _lines(axes[0], shares)
-    axes[0].set(xlabel="block", ylabel="zero weights (%)", title="Sparsity of every linear", ylim=(0, 100))
-    if left:
-        _lines(axes[1], left)
-        axes[1].set(xlabel="block", ylabel="squared error of outputs (%)", title="What is left of the error", ylim=(0, None))
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _lines(axes, values: dict[int, dict[str, float]]) -> None:
-    """A line for every name in {block: {name: value}}; blocks may differ in their names."""
-    for name in dict.fromkeys(name for found in values.values() for name in found):
-        points = {i: found[name] for i, found in values.items() if name in found}
-        axes.plot(list(points), list(points.values()), label=name)
-    axes.legend(fontsize="small", ncols=2)
+def _by_kind(blocks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{block: {kind of linear: mean}}: the experts of a block are one line of a figure."""
+    means = {}
+    for i, linears in blocks.items():
+        kinds: dict[str, list[float]] = {}
+        for name, value in linears.items():
+            kinds.setdefault(kind_of(name), []).append(value)
+        means[i] = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    return means

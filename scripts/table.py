@@ -1,4 +1,4 @@
-"""Perplexity of every method x pattern x alpha on a model: the paper's table 2.
+"""Perplexity of every method x pattern x ratio x alpha on a model.
 
     python scripts/table.py --model meta-llama/Llama-2-7b-hf --gradient_path \\
         gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
@@ -24,7 +24,7 @@ from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_z
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Declare and check the flags; nothing is loaded. `patterns` becomes {pattern: Sparsity}; `done`, the rows that are there, joins."""
+    """Declare and check the flags; nothing is loaded. `sparsities` joins, [(pattern, Sparsity)], and `done`, the rows there are."""
     parser, groups = cli.parser_of(__doc__)
     cli.add_common_flags(groups)
     methods = ["dense", *METHODS]
@@ -51,7 +51,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=["unstructured", "4:8", "2:4"],
         metavar="PATTERN",
-        help="N:M, N removed of every M, or unstructured: 50 %% (default: unstructured 4:8 2:4)",
+        help="N:M, N removed of every M, or unstructured (default: unstructured 4:8 2:4)",
+    )
+    add(
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[0.5],
+        metavar="SHARE",
+        help="to remove if unstructured, a row each (default: 0.5)",
     )
     add(
         "--alphas",
@@ -74,7 +82,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     try:
-        args.patterns = {text: Sparsity.parse(text, 0.5 if text == "unstructured" else None) for text in args.patterns}
+        args.sparsities = [
+            (pattern, Sparsity.parse(pattern, ratio))
+            for pattern in args.patterns
+            for ratio in (args.ratios if pattern == "unstructured" else [None])
+        ]
         sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         args.done = rows_of(args.output)
         files.check_writable(args.output.parent)
@@ -100,7 +112,7 @@ def rows_of(output: Path) -> list[dict]:
 
 def main(args: argparse.Namespace) -> None:
     """Text and gradients once, then a model for every row."""
-    device, patterns, done = cli.start(args), args.patterns, args.done
+    device, done = cli.start(args), args.done
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -111,19 +123,19 @@ def main(args: argparse.Namespace) -> None:
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
         cli.compare_samples(args, gradients)
-    rows = [("dense", "", None)] if "dense" in args.methods else []
-    for pattern in patterns:
+    rows = [("dense", "", None, None)] if "dense" in args.methods else []
+    for pattern, sparsity in args.sparsities:
         for method in args.methods:
             if method != "dense":
-                rows += [(method, pattern, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
+                rows += [(method, pattern, sparsity, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
 
     checked = False
-    apart = ("methods", "patterns", "alphas", "output", "folder", "done")
+    apart = ("methods", "patterns", "ratios", "alphas", "output", "sparsities", "folder", "done")
     common = {name: value for name, value in vars(args).items() if name not in apart}
-    for method, pattern, alpha in rows:
-        row = {"method": method, "pattern": pattern, "alpha": alpha, "settings": common}
+    for method, pattern, sparsity, alpha in rows:
+        row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
         if any(row.items() <= earlier.items() for earlier in done):
-            print(f"{method} {pattern} is in {args.output} already")
+            print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
         decoder = cli.load_weights(args, device)
         if gradients and not checked:
@@ -136,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
                     decoder,
                     calibration,
                     method=method,
-                    sparsity=patterns[pattern],
+                    sparsity=sparsity,
                     gradients=gradients and gradients.block,
                     alpha=alpha / gradients.scale if alpha is not None else 1.0,
                 )

@@ -19,17 +19,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import collect_results
 import pytest
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "install.md", ROOT / "MODEL_ZOO.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [ROOT / "main.py", ROOT / "gradient_computation.py", *sorted((ROOT / "scripts").rglob("*.py"))]
-LAUNCHERS = sorted(ROOT.glob("*.sh"))
+NO_LAUNCHERS = ("environment.sh", "test.sh", "gpu_check.sh")
+LAUNCHERS = [*sorted(ROOT.glob("*.sh")), *sorted(p for p in (ROOT / "scripts").glob("*.sh") if p.name not in NO_LAUNCHERS)]
 LONGEST = 110  # characters of a line that is not a row of a table
 HELP_WIDTH = 80
 
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+IMAGE = re.compile(r"""(?:src|srcset)="([^"]+)"|!\[[^\]]*\]\(([^)\s]+)\)""")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 PATH = re.compile(r"((?:lib|tests|scripts|docs)/[\w./]*|[\w]+\.(?:py|sh|md))(?::([\w.]+))?")
 PLACEHOLDERS = {"SEED": "0", "ALPHA": "100", "METHOD": "gblm", "PATTERN": "2:4", "N": "4"}
@@ -65,7 +68,7 @@ def broken_links(page: Path) -> list[str]:
         target = page.parent / file if file else page
         if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
             broken.append(link)
-    return broken
+    return broken + [path for path in map("".join, IMAGE.findall(page.read_text())) if not (page.parent / path).exists()]
 
 
 def missing_symbols(page: str) -> list[str]:
@@ -124,13 +127,17 @@ def test_every_report_has_its_test():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lines_are_short(page):
-    assert [line for line in page.read_text().splitlines() if len(line) > LONGEST and not line.startswith("|")] == []
+    assert [
+        line for line in page.read_text().splitlines() if len(line) > LONGEST and not line.startswith(("|", "<!-- table"))
+    ] == []
 
 
 def test_the_checks_see_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# One `two`, three: 4:8\n[a](#one-two-three-48) [b](#one) [c](none.md) [d](https://none.example/none)")
-    assert broken_links(page) == ["#one", "none.md"]
+    page.write_text(
+        '# One `two`, three: 4:8\n[a](#one-two-three-48) [b](#one) [c](none.md) [d](https://none.example/none) ![e](f.png) <img src="g.png">'
+    )
+    assert broken_links(page) == ["#one", "none.md", "f.png", "g.png"]
     wrong = [
         "lib/nothing.py",
         "lib/data/sources.py:nothing",
@@ -250,6 +257,13 @@ def test_help_says_what_every_flag_does_in_80_columns(script, monkeypatch):
         assert sections == ["options", "model", "data", "method", *own, "memory", "output", "example"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_are_those_of_their_results(page):
+    assert page.read_text() == collect_results.filled(page.read_text()), (
+        f"python scripts/collect_results.py --fill {name_of(page)}"
+    )
+
+
 # Commands
 
 
@@ -278,7 +292,7 @@ def written_commands() -> list[tuple[str, list[str]]]:
         found += [(name_of(page), words) for block in code for words in commands_in(block)]
     for script in SCRIPTS:
         found += [(name_of(script), words) for words in commands_in(ast.get_docstring(ast.parse(script.read_text())))]
-    for script in [*LAUNCHERS, *sorted((ROOT / "scripts").glob("*.sh"))]:
+    for script in [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").glob("*.sh"))]:
         comments = "\n".join(line[1:] for line in script.read_text().splitlines() if line.startswith("# "))
         found += [(name_of(script), words) for words in commands_in(comments)]
     return found
@@ -306,7 +320,7 @@ def dry_run(words: list[str], folder: Path, monkeypatch) -> str | None:
     try:
         with contextlib.redirect_stderr(refused), contextlib.redirect_stdout(refused):
             namespace = parse(script, arguments, monkeypatch).namespace
-            if script.name in ("main.py", "gradient_computation.py", "table.py"):
+            if "def parse(" in script.read_text():
                 make_files(namespace, folder)
                 monkeypatch.chdir(folder)
                 runpy.run_path(str(script))["parse"](arguments)
@@ -320,7 +334,7 @@ def dry_run(words: list[str], folder: Path, monkeypatch) -> str | None:
 def make_files(namespace: argparse.Namespace, folder: Path) -> None:
     """What the flags of a command name, empty or nearly so, and nothing where there is something."""
     values = vars(namespace)
-    for name in ("model", "gradient_path"):
+    for name in ("model", "gradient_path", "checkpoint", "against"):
         if values.get(name):
             (folder / values[name]).mkdir(parents=True, exist_ok=True)
     for name in ("dataset", "eval_dataset", "layer_ratios"):
@@ -340,24 +354,32 @@ def make_files(namespace: argparse.Namespace, folder: Path) -> None:
 
 
 def launched(words: list[str], folder: Path) -> list[list[str]]:
-    """The Python commands that a launcher would run; those of scripts/test.sh are not ours."""
+    """The Python commands that a launcher runs, or prints for --dry_run; those of scripts/test.sh are not ours."""
     if words[0] not in map(name_of, LAUNCHERS):
         missing = [word for word in words[1:] if word not in (ROOT / words[0]).read_text()]
         return [["python", f"{words[0]} does not know {missing}"]] if missing else []
     home = folder / "home"
     shutil.copytree(ROOT / "scripts", home / "scripts", dirs_exist_ok=True)
-    for launcher in LAUNCHERS:
+    for launcher in ROOT.glob("*.sh"):
         shutil.copy(launcher, home)
     (home / "bin").mkdir(exist_ok=True)
     python, log = home / "bin" / "python", home / "log"
     python.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$(printf '%q ' python \"$@\")\" >> {shlex.quote(str(log))}\n")
     python.chmod(0o755)
     log.unlink(missing_ok=True)
-    environment = {**os.environ, "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": str(home)}
+    log.touch()
+    environment = {
+        **os.environ,
+        "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(home),
+        "MODEL": "owner/model",
+    }
+    if "MODEL:?" not in (ROOT / words[0]).read_text():
+        del environment["MODEL"]
     done = subprocess.run(["bash", *words], cwd=home, env=environment, capture_output=True, text=True)
     if done.returncode:
         return [["python", done.stderr]]
-    return [shlex.split(line) for line in log.read_text().splitlines()]
+    return [shlex.split(line) for line in (log.read_text() + done.stdout).splitlines() if line.startswith("python ")]
 
 
 COMMANDS = written_commands()

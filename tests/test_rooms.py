@@ -17,9 +17,11 @@ ARROWS = {
     "parallel": set(),
     "files": set(),
     "hub": set(),
+    "figures": {"files"},
+    "results": set(),
     "tables": set(),
     "card": {"tables", "files", "models"},
-    "report": {"files", "parallel", "models", "pruning"},
+    "report": {"files", "figures", "parallel", "models", "pruning"},
     "cli": {"files", "hub", "data", "parallel", "report", "models", "gradients", "pruning", "evaluation"},
 }
 MODULES = sorted((ROOT / "lib").rglob("*.py"))

@@ -1,0 +1,149 @@
+"""Train a pruned model for a few steps to recover perplexity; its zeros stay.
+
+    python scripts/finetune.py --model out/gblm/model --save_model out/tuned \\
+        --dataset demo/calibration.jsonl --eval_dataset demo/evaluation.jsonl \\
+        --seq_length 512 --lora 16
+
+Weights are trained in float32, products computed in --dtype. With --lora the
+adapters are masked as the weights are, and added to them at the end. The result
+is a checkpoint as main.py writes it, in the dtypes and files of --model.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib import cli
+from lib.data import sources
+from lib.evaluation.perplexity import perplexity
+from lib.models import fetch, loading, store
+from lib.models.decoder import Decoder
+from lib.models.recovery import KeepZeros, add_adapters
+
+RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates, of the demo model at 2:4 (docs/recovery.md)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Declare and check the flags; nothing is loaded."""
+    parser, groups = cli.parser_of(__doc__, "--model PRUNED --save_model DIR")
+    cli.add_common_flags(groups)
+    groups.data.add_argument(
+        "--eval_dataset",
+        default="wikitext2",
+        metavar="TEXT",
+        help="text for the perplexity before and after (default: %(default)s)",
+    )
+    add = groups.method.add_argument
+    add("--lora", type=cli.at_least(1), metavar="RANK", help="train adapters of this rank, not all weights")
+    add("--steps", type=cli.at_least(1), default=60, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch_size", type=cli.at_least(1), default=4, metavar="N", help="samples of a step (default: %(default)s)")
+    rates = ", ".join(f"{rate:g} {name}" for name, rate in RATES.items())
+    add("--learning_rate", type=cli.number_above(0), metavar="RATE", help=f"at the start, falls to 0 (default: {rates})")
+    groups.output.add_argument("--save_model", required=True, metavar="DIR", help="folder for the trained checkpoint")
+    args = parser.parse_args(argv)
+    cli.check_common_flags(parser, args)
+    cli.check_save_model(parser, args)
+    if args.learning_rate is None:
+        args.learning_rate = RATES["LoRA" if args.lora else "full"]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("this script is one process: start it with python")
+    if loading.resolve_device(args.device).type == "cuda" and torch.cuda.device_count() > 1:
+        parser.error(
+            f"this script uses one GPU, and {torch.cuda.device_count()} are visible: set CUDA_VISIBLE_DEVICES to its number"
+        )
+    try:
+        sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, train, save, measure what was saved."""
+    device = cli.start(args)
+    outline, tokenizer = cli.open_model(args)
+    cli.settle_bos(args, outline, tokenizer)
+    windows, evaluation = cli.read_calibration(args, tokenizer), cli.read_evaluation(args, tokenizer)
+    cli.check_vocabulary(args, outline, tokenizer, windows, evaluation)
+
+    def loaded(folder: str, dtype: str) -> Decoder:
+        return loading.load(folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
+
+    fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir, weights=True)
+    before = perplexity(loaded(args.folder, args.dtype), evaluation)
+    print(f"perplexity {before:.4f} before training", flush=True)
+    decoder = loaded(args.folder, "float32")
+    dense = loading.dense_tensors(args.folder, decoder)
+    written = store.Store(args.save_model, dense, updated=True)
+    with contextlib.ExitStack() as unfinished:
+        unfinished.callback(written.discard)
+        keep = KeepZeros(decoder)
+        train(decoder, keep, windows, args)
+        keep.keep_others(dense)
+        written.write_block("", decoder.model, [name for name in decoder.model.state_dict() if name in dense.group_of])
+        written.finish()
+    del decoder, keep, written
+    gc.collect()
+    after = perplexity(loaded(args.save_model, args.dtype), evaluation)
+    zeros, total = same_zeros(args.folder, args.save_model, args.trust_remote_code)
+    print(f"sparsity {zeros / total:.4f}, the same {zeros} zeros before and after")
+    print(f"perplexity {after:.4f} after training ({before:.4f} before) on {args.eval_dataset}, {len(evaluation)} windows")
+    print(f"checkpoint saved in {args.save_model}")
+
+
+def train(decoder: Decoder, keep: KeepZeros, windows: torch.Tensor, args: argparse.Namespace) -> None:
+    """Train a model in place on windows (n, T)."""
+    model = add_adapters(decoder, keep, args.lora) if args.lora else decoder.model.requires_grad_(True)
+    dtype = loading.resolve_dtype(args.dtype, decoder.model.config, decoder.device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(10, args.steps // 10),
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            use_cpu=decoder.device.type == "cpu",
+            dataloader_pin_memory=False,
+            seed=args.seed,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        samples = [{"input_ids": window, "labels": window} for window in windows]
+        Trainer(model, arguments, train_dataset=samples, callbacks=[keep]).train()
+    if args.lora:
+        model.merge_and_unload()
+    decoder.model.eval().requires_grad_(False)
+
+
+def same_zeros(before: str, after: str, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Zeros and weights of the blocks' matrices in two checkpoints.
+
+    Raises:
+        RuntimeError: a matrix has other zeros in one than in the other.
+    """
+    one, other = (loading.on_disk(name, trust_remote_code=trust_remote_code) for name in (before, after))
+    zeros = total = 0
+    for i, prefix in enumerate(one.prefixes):
+        for name in sorted({f"{prefix}{matrix.tensor_name}" for matrix in one.linears(i).values()}):
+            mask = one.source[name] == 0
+            if not torch.equal(mask, other.source[name] == 0):
+                raise RuntimeError(f"{name} has other zeros after training than before: this should not be possible")
+            zeros, total = zeros + torch.count_nonzero(mask).item(), total + mask.numel()
+    return zeros, total
+
+
+if __name__ == "__main__":
+    cli.run(parse, main)

@@ -1,0 +1,156 @@
+"""Figures of results, as PNG and PDF: perplexity against sparsity and alpha, time.
+
+    python scripts/plot_results.py out/ docs/results/demo.jsonl
+
+Results are results.json of main.py, the .jsonl of scripts/table.py, or folders
+of them; results.json also give seconds per phase and values per
+block. What they cannot show is left out, and said. Points are means over
+seeds, bars their standard deviation.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib import cli, figures, results
+from lib.results import Run
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Declare and check the flags."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders, results.json, .jsonl")
+    parser.add_argument("--output", type=Path, default=Path("out/figures"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--dark", action="store_true", help="also NAME-dark.png and .pdf, for dark pages")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw whatever the results can show."""
+    cli.set_up_logging()
+    runs = results.read(args.results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for draw in (sparsity_curve, alpha_curve, seconds, values_per_block):
+        for name, size, drawing in draw(runs):
+            themes = ["light", *["dark"] * args.dark]
+            drawn += len(paths := figures.save(drawing, args.output / name, size, themes))
+            print(*paths, sep="\n")
+    if not drawn:
+        raise ValueError(
+            "these results show nothing that can be drawn: give runs of several sparsities or alphas, or results.json"
+        )
+
+
+def sparsity_curve(runs: list[Run]):
+    """Perplexity against sparsity, a line for each method; those with several sparsities only."""
+    curves = _curves([run for run in runs if run.settings["pattern"] == "unstructured"], "ratio", scale=100)
+    if not curves:
+        print("perplexity against sparsity is left out: it takes two sparsities of a method")
+        return
+    level = _dense(runs, curves)
+
+    def draw(figure):
+        figures.perplexity_lines(figure, curves, "weights removed (%)", level=level)
+
+    yield "sparsity", (figures.COLUMN, 2.6), draw
+
+
+def alpha_curve(runs: list[Run]):
+    """Perplexity against alpha, a panel for each pattern and ratio; a method without alpha of the same settings is a level."""
+    panels = {}
+    weighted = [run for run in runs if run.settings["alpha"]]
+    for pattern, ratio in dict.fromkeys((run.settings["pattern"], run.settings["ratio"]) for run in weighted):
+        here = [run for run in runs if (run.settings["pattern"], run.settings["ratio"]) == (pattern, ratio)]
+        curves = _curves([run for run in here if run.settings["alpha"]], "alpha")
+        if curves:
+            others = results.by_settings(run for run in here if run.settings["method"] == "wanda")
+            names = _names([group[0] for group in others], set())
+            level = {name: _mean(group) for name, group in zip(names, others, strict=True)}
+            title = pattern if pattern != "unstructured" else f"{100 * ratio:g} % unstructured"
+            panels[title] = curves, level
+    if not panels:
+        print("the alpha curve is left out: it takes two alphas of gblm")
+        return
+
+    def draw(figure):
+        figures.perplexity_panels(figure, panels, "alpha")
+
+    yield "alpha", (min(figures.PAGE, figures.COLUMN * len(panels)), 2.4), draw
+
+
+def values_per_block(runs: list[Run]):
+    """A figure for each results.json and value that it has by block."""
+    held = [run for run in runs if run.by_block]
+    for name, run in zip(_names(held, set()), held, strict=True):
+        for value, by_block in run.by_block.items():
+            label = {"sparsity": "share of zeros"}.get(value, value)
+
+            def draw(figure, by_block=by_block, label=label):
+                figures.blocks(figure, by_block, label)
+
+            stem = f"{value}_by_block" + (
+                f"-{name.replace(', ', '-').replace(' ', '_').replace(':', '-')}" if len(held) > 1 else ""
+            )
+            yield stem, (figures.PAGE, 2.6), draw
+
+
+def seconds(runs: list[Run]):
+    """Seconds per phase, a bar for each results.json."""
+    held = [run for run in runs if run.by_block]
+    if not held:
+        print("seconds and values per block are left out: they take results.json")
+        return
+    bars = {name: run.seconds for name, run in zip(_names(held, set()), held, strict=True)}
+
+    def draw(figure):
+        figures.phases(figure, bars)
+
+    yield "seconds", (figures.PAGE, 1.1 + 0.3 * len(bars)), draw
+
+
+def _curves(runs: list[Run], along: str, scale: float = 1) -> dict[str, figures.Line]:
+    """{name: points (x, mean, standard deviation)} of the runs that differ in the setting `along`, where there are several."""
+    curves: dict[str, list[list[Run]]] = {}
+    for group in results.by_settings(runs):
+        rest = {name: value for name, value in group[0].settings.items() if name != along}
+        curves.setdefault(repr(rest), []).append(group)
+    several = [groups for groups in curves.values() if len(groups) > 1]
+    names = _names([groups[0][0] for groups in several], {along})
+    return {
+        name: sorted((scale * group[0].settings[along], _mean(group), _spread(group)) for group in groups)
+        for name, groups in zip(names, several, strict=True)
+    }
+
+
+def _names(runs: list[Run], without: set[str]) -> list[str]:
+    """A name for each run: its method and the settings in which they differ, as "gblm, 2:4, nsamples 64"."""
+    differing = [name for name in results.varying(runs) if name not in {"method", *without}]
+    names: list[str] = []
+    for run in runs:
+        values = {name: run.settings[name] for name in differing if run.settings.get(name) is not None}
+        name = ", ".join([run.settings["method"], *(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in values.items())])
+        names.append(name if name not in names else f"{name}, seed {run.seed}")
+    return names
+
+
+def _dense(runs: list[Run], curves) -> dict[str, float]:
+    """The dense perplexity, where the runs agree on it."""
+    found = {round(run.dense, 2) for run in runs if run.dense} | {
+        round(run.perplexity, 2) for run in runs if run.settings["method"] == "dense"
+    }
+    return {"dense": found.pop()} if len(found) == 1 else {}
+
+
+def _mean(group: list[Run]) -> float:
+    return statistics.mean(run.perplexity for run in group)
+
+
+def _spread(group: list[Run]) -> float:
+    return statistics.stdev(run.perplexity for run in group) if len(group) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    cli.run(parse, main)
