@@ -21,6 +21,7 @@ from pathlib import Path
 
 import collect_results
 import pytest
+import torch
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "install.md", ROOT / "MODEL_ZOO.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -323,6 +324,9 @@ def dry_run(words: list[str], folder: Path, monkeypatch) -> str | None:
             if "def parse(" in script.read_text():
                 make_files(namespace, folder)
                 monkeypatch.chdir(folder)
+                # What is not installed here, or not plugged in, says nothing about the command.
+                monkeypatch.setattr("lib.evaluation.zero_shot.require", lambda: None)
+                monkeypatch.setattr("lib.models.loading.resolve_device", lambda device: torch.device("cpu"))
                 runpy.run_path(str(script))["parse"](arguments)
     except SystemExit as stop:
         return refused.getvalue().splitlines()[-1] if stop.code else None
@@ -334,7 +338,7 @@ def dry_run(words: list[str], folder: Path, monkeypatch) -> str | None:
 def make_files(namespace: argparse.Namespace, folder: Path) -> None:
     """What the flags of a command name, empty or nearly so, and nothing where there is something."""
     values = vars(namespace)
-    for name in ("model", "gradient_path", "checkpoint", "against"):
+    for name in ("model", "gradient_path", "checkpoint", "against", "include_path"):
         if values.get(name):
             (folder / values[name]).mkdir(parents=True, exist_ok=True)
     for name in ("dataset", "eval_dataset", "layer_ratios"):
