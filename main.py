@@ -125,7 +125,7 @@ def declare(groups: cli.Groups) -> None:
     add(
         "--recipe",
         choices=RECIPES,
-        help="the best model this project has measured within 5 (best) or 20 (max) times Wanda's time; sets the flags below, "
+        help="presets of updates and reconstruction, best short and max long; set the flags below, "
         "each of which may be given as well",
     )
     add(

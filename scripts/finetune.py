@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> None:
     device = cli.start(args)
     outline, tokenizer = cli.open_model(args)
     cli.settle_bos(args, outline, tokenizer)
-    windows, evaluation = cli.read_calibration(args, tokenizer), cli.read_evaluation(args, tokenizer)
+    windows = cli.read_calibration(args, tokenizer)
+    evaluation = cli.read_evaluation(args, tokenizer, args.eval_dataset)
     cli.check_vocabulary(args, outline, tokenizer, windows, evaluation)
 
     def loaded(folder: str, dtype: str) -> Decoder:

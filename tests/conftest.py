@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import socket
 import subprocess
 import zipfile
 from pathlib import Path
@@ -99,6 +100,13 @@ def tiny_decoder(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.floa
 
 def random_windows(count: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def free_port() -> int:
+    """For processes that meet there; a fixed one may be another run's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

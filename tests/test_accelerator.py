@@ -220,7 +220,18 @@ def test_the_gradient_command_writes_the_cpus_norms(shared, memory, dtype, tmp_p
 )
 def test_the_pruning_command_writes_the_cpus_checkpoint(shared, gradients, method, more, tmp_path):
     folder, flags = shared
-    command = ["main.py", *flags, "--dtype", "float32", "--prune_method", method, "--eval_dataset", folder / "short.txt", *more]
+    command = [
+        "main.py",
+        *flags,
+        "--dtype",
+        "float32",
+        "--prune_method",
+        method,
+        "--eval_dataset",
+        folder / "short.txt",
+        "--no_cache",
+        *more,
+    ]
     command += ["--gradient_path", gradients] if METHODS[method].gradients else []
     found = []
     for device, memory in (("cpu", "resident"), ("standin", "resident"), ("standin", "streamed")):

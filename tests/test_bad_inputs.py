@@ -223,7 +223,7 @@ CASES = {
     "save over a file": (MAIN, 2, lambda p: p.use("--save", p.text), "--save cannot be written"),
     "save below a file": (MAIN, 2, lambda p: p.use("--save", p.text / "out"), "choose another folder"),
     "save_model below a file": (MAIN, 2, lambda p: p.use("--save_model", p.text / "out"), "--save_model cannot be written"),
-    "save_model on the model": (MAIN, 2, lambda p: p.use("--save_model", p.model), "the dense weights would be lost, choose another"),
+    "save_model on the model": (MAIN, 2, lambda p: p.use("--save_model", p.model), "its weights would be lost, choose another"),
     "save_model on another model": (MAIN, 2, lambda p: p.use("--save_model", other_family(p, "llama", "theirs")), "which this project has not written: choose another folder"),
     "output_dir below a file": (GRADIENTS, 2, lambda p: p.use("--output_dir", p.text / "out"), "--output_dir cannot be written"),
     "table into a folder": (TABLE, 2, lambda p: p.use("--output", p.out), "Is a directory"),
@@ -344,7 +344,8 @@ def test_a_run_that_is_told_to_end_leaves_what_was_there(command, kind, status, 
         advance(decoder, i, states)
 
     monkeypatch.setattr(Decoder, "advance", end)
-    monkeypatch.setattr(Decoder, "tail", lambda *args: end(None, 1, []))  # of the gradients
+    monkeypatch.setattr(Decoder, "require_runs_alone", lambda decoder: None)  # which would be ended before the work
+    monkeypatch.setattr(Decoder, "tail", lambda *args, **more: end(None, 1, []))  # of the gradients
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

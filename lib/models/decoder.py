@@ -162,7 +162,7 @@ class Decoder:
         if self.source is None:
             yield self.model
         else:
-            with self._blocks_replaced([read_first(i, block.forward) for i, block in enumerate(self.blocks)]):
+            with replaced(self.blocks, [read_first(i, block.forward) for i, block in enumerate(self.blocks)]):
                 yield self.model
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import DEVICE, ROOT, random_windows, tiny_decoder
+from conftest import DEVICE, ROOT, free_port, random_windows, tiny_decoder
 from safetensors.torch import load_file
 from test_commands import run
 from test_walk import SCALE, largest_difference, ours
@@ -150,7 +150,7 @@ def of_one_rank(rank, world, port, folder):
 
 @pytest.mark.skipif("DEVICE.type != 'cpu'", reason="gloo; scripts/gpu_check.sh compares two processes over NCCL")
 def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
-    torch.multiprocessing.spawn(of_one_rank, (2, 29511, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(of_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     norms = ours(tiny_decoder(), random_windows(5))
     (one, pruned), (two, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert not one["l1"].keys() & two["l1"].keys()  # the sums of a block are in one process

@@ -50,7 +50,7 @@ def inputs_of_expert(kind, experts, e, hidden) -> tuple[torch.Tensor, torch.Tens
 def naive_weight(weight, inputs, gradient, method, inverse, sparsity):
     """One matrix of one expert, (out, in), pruned; `inputs`: per window (tokens, in)."""
     if method == "sparsegpt":
-        return naive_solve(weight, inputs, sparsity).float()
+        return naive_solve(weight, inputs, sparsity)[0].float()
     norm = (sum(x.square().sum(dim=0) for x in inputs) / len(inputs)).sqrt()
     score = {
         "magnitude": weight.abs(),

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import DEVICE, random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, free_port, random_windows, tiny_decoder, tiny_model
 from test_prune import gradient_of
 
 from lib import parallel
@@ -209,7 +209,7 @@ SHARED_RECIPES = [Recipe("obs"), Recipe("lsq", 3), Recipe("lsq", 2, 2, 0.02)]
 
 
 def test_two_processes_end_alike_and_as_one_does(tmp_path):
-    torch.multiprocessing.spawn(of_one_rank, (2, 29517, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(of_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     with torch.serialization.safe_globals([Recipe]):
         one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     for recipe in SHARED_RECIPES:
