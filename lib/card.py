@@ -15,9 +15,10 @@ CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")  # from the dense model's own card
 RECIPE = (
     "prune_method", "sparsity_type", "sparsity_ratio", "use_variant", "gradient_inv", "include", "exclude", "layer_no",
-    "layer_ratios",
+    "layer_ratios", "recipe", "update", "stages", "reconstruct",
 )  # fmt: skip
 CALIBRATION = ("dataset", "nsamples", "seq_length", "seed", "bos", "pack")
+UNUSED = {"layer_no": -1, "update": "none", "stages": 1, "reconstruct": 0}  # what a flag has that did nothing
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # where the hub's cache keeps OWNER/NAME
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -62,9 +63,9 @@ def body(results: dict, command: str, calibrated: bool, updated: bool) -> str:
     flags = results["flags"]
     name, method = Path(flags["model"]).name, flags["prune_method"]
     shown = RECIPE + (CALIBRATION if calibrated else ())
-    recipe = [(flag, value) for flag in shown if (value := flags.get(flag)) not in (None, False, [], -1)]
+    recipe = [(flag, value) for flag in shown if _used(flag, value := flags.get(flag))]
     recipe += [("alpha", flags["alpha"])] if method == "gblm" else []
-    survivors = "are not the dense model's: the method updates them" if updated else "are the dense model's, bit for bit"
+    survivors = "were updated, they are not the dense model's" if updated else "are the dense model's, bit for bit"
     parts = [
         f"# {name}, pruned with {method}",
         f"{name} with {results['sparsity']:.2%} of the weights of its decoder blocks' linear layers set to zero, in one shot "
@@ -82,6 +83,10 @@ def body(results: dict, command: str, calibrated: bool, updated: bool) -> str:
         + f"; computed in {results['dtype']} on {results['device']}.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _used(flag: str, value) -> bool:
+    return value is not None and value is not False and value != [] and (flag not in UNUSED or value != UNUSED[flag])
 
 
 def _plain(value) -> str:
