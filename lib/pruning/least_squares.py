@@ -59,4 +59,4 @@ def _rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a / b, and 0 in a row that has arrived (nothing is left to divide) or whose curvature is lost in rounding."""
-    return torch.where(b > 0, a / b, 0)
+    return torch.where(b > torch.finfo(b.dtype).tiny, a / b, 0)

@@ -87,7 +87,7 @@ def test_float16_scales_the_loss_of_them_too(kind):
     windows = random_windows(2)
     exact, half = ours(decoder_of(kind), windows), ours(decoder_of(kind, torch.float16), windows)
     worst = max(((half[name] - norm).norm() / norm.norm()).item() for name, norm in exact.items() if norm.any())
-    assert worst < 0.05
+    assert worst < 0.2  # kernels differ in how they round attention (0.04 to 0.09); a factor of two left in would be 1
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
