@@ -110,7 +110,7 @@ def _runs_of(path: Path) -> list[Run]:
             results["sparsity"],
             {name: phase["seconds"] for name, phase in results["phases"].items()},
             max(phase["peak_host_gb"] for phase in results["phases"].values()),
-            {name.removesuffix("_by_block"): values for name, values in results.items() if name.endswith("_by_block")},
+            _by_block(results),
             str(path),
         )
     ]
@@ -140,3 +140,15 @@ def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **mor
     }
     whole = {name: int(value) for name, value in own.items() if isinstance(value, float) and value.is_integer()}
     return {name: (own | whole).get(name) for name in (*FIRST, *sorted(own.keys() - set(FIRST)))}  # 100.0 and 100 are one alpha
+
+
+def _by_block(results: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """{what: {block: {linear: value}}}; of errors, what is left of them after the update."""
+    found = {"sparsity": results.get("sparsity_by_block", {})}
+    if errors := results.get("errors_by_block"):
+        found["error"] = {
+            i: {name: pair["updated"] for name, pair in block["linears"].items()}
+            | ({"output": block["output"]["after"]} if block["output"] else {})
+            for i, block in errors.items()
+        }
+    return found
