@@ -7,7 +7,7 @@ import check_sparsity
 import finetune
 import pytest
 import torch
-from conftest import DEMO, ROOT, needs_demo, tiny_model
+from conftest import tiny_model
 from safetensors.torch import load_file
 
 import main as pruning
@@ -97,26 +97,3 @@ def test_wrong_flags_are_parser_errors(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         finetune.parse(["--model", "m", *arguments.format(tmp_path).split()])
     assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@needs_demo
-@pytest.mark.usefixtures("all_processors")
-@pytest.mark.parametrize("how", [pytest.param([], id="full"), pytest.param(["--lora", "16"], id="lora", marks=needs_peft)])
-def test_sixty_steps_on_the_demo_model(how, tmp_path, capsys):
-    text = [
-        "--dataset",
-        ROOT / "demo" / "calibration.jsonl",
-        "--eval_dataset",
-        ROOT / "demo" / "evaluation.jsonl",
-        "--seq_length",
-        512,
-    ]
-    run(pruning, "--model", DEMO, *text, "--nsamples", 4, "--prune_method", "wanda", "--sparsity_type", "2:4",
-        "--save_model", tmp_path / "pruned")  # fmt: skip
-    run(finetune, "--model", tmp_path / "pruned", *text, "--save_model", tmp_path / "tuned", *how)
-    printed = capsys.readouterr().out
-    last = next(line for line in printed.splitlines() if "after training" in line).split()
-    assert float(last[1]) < float(last[4].removeprefix("("))
-    assert not check_sparsity.main([str(tmp_path / "tuned"), "--pattern", "2:4"])
-    assert finetune.same_zeros(str(tmp_path / "pruned"), str(tmp_path / "tuned"))[0]
