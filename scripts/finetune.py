@@ -28,7 +28,7 @@ from lib.models import fetch, loading, store
 from lib.models.decoder import Decoder
 from lib.models.recovery import KeepZeros, add_adapters
 
-RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates, of the demo model at 2:4 (docs/recovery.md)
+RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates; usual ones, not tuned on any model
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

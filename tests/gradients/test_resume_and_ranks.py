@@ -160,10 +160,9 @@ def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
         assert all(torch.equal(weights[name], others[method][name]) for name in weights)  # all ranks end alike
         alone = tiny_decoder()
         prune(alone, random_windows(5), method=method, sparsity=Sparsity.parse("2:4"))
-        # In the first block: sums in another order may break a near tie the other way, after which inputs are others.
-        expected = {name: weight for name, weight in alone.model.state_dict().items() if ".layers.0." in name}
-        differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in expected)
-        assert differing / sum(weight.numel() for weight in expected.values()) < 0.01
+        expected = alone.model.state_dict()  # sums in another order: a near tie may fall the other way
+        differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in weights)
+        assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3
 
 
 def test_main_with_two_processes(saved_model, documents, tmp_path):
@@ -181,7 +180,7 @@ def test_main_with_two_processes(saved_model, documents, tmp_path):
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["perplexity"]["dense"] == pytest.approx(one["perplexity"]["dense"], rel=1e-6)
-    assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=0.01)  # a near tie may differ
+    assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=1e-3)  # a near tie may differ
     assert printed.count("pruned perplexity") == 1
     saved = load_file(tmp_path / "two" / "model" / "model.safetensors")
     assert all((weight == 0).float().mean() == 0.5 for name, weight in saved.items() if name.endswith("proj.weight"))
