@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The best model at a given sparsity without retraining: main.py --recipe best, 50 % unstructured unless flags say otherwise.
+# Pruning with the weights that stay updated: main.py --recipe best, 50 % unstructured unless flags say otherwise.
 #   MODEL=meta-llama/Llama-2-7b-hf bash scripts/run_best_prune.sh --sparsity_type 2:4
-#   bash scripts/run_best_prune.sh --recipe max     # four times as long
+#   bash scripts/run_best_prune.sh --recipe max     # trains each block longer
 # Results go to out/NAME-RECIPE-PATTERN. With nothing set: the demo model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
