@@ -23,22 +23,26 @@ def reconstruct(
     epochs: int,
     rate: float,
 ) -> torch.Tensor:
-    """Minimise `mean((f(x) - y)^2)` over the nonzero weights of `linears`; f is block `i`, which must be resident.
+    """Minimise `mean_t ||f(x)_t - y_t||^2 / ||y_t||^2` over the nonzero weights of `linears`; f is block `i`, resident.
 
     x is what enters the block in the pruned model, y what leaves it in the dense one, so that a block also makes up for
-    the pruning before it (arXiv 2406.15524: global propagation). Adam on fp32 copies of the weights, the rate falling
-    linearly to 0; it starts at `rate` times the root mean square of a matrix' kept weights, which differs tenfold between
-    models. The weights are those of the best epoch on the windows held out, or the ones it started from.
+    the pruning before it (arXiv 2406.15524: global propagation). Each token's error is relative to its length, by which
+    the norms of later blocks divide it: otherwise a few tokens, the first above all, with states a thousand times as long
+    as others are nearly the whole loss. Adam on fp32 copies of the weights, the rate falling linearly to 0; it starts at
+    `rate` times the root mean square of a matrix' kept weights, which differs tenfold between models. The weights are
+    those of the best epoch on the windows held out, or the ones it started from.
 
     Args:
-        states, targets: x and y of this process' share of the `count` windows.
+        states, targets: x and y of this process' share of the `count` windows, (1, T, H) each.
 
     Returns:
-        `sum((f(x) - y)^2) / sum(y^2)` on the windows held out (all of too few to hold any out), before and after: (2,).
+        The loss on the windows held out (all of too few to hold any out), before and after: (2,).
     """
     own = {sample: k for k, sample in enumerate(parallel.share(torch.arange(count)).tolist())}
     training, held = torch.arange(count).split([count - count // HELD_OUT, count // HELD_OUT])
-    held = [j for j in (held if len(held) else training).tolist() if j in own]
+    held = held if len(held) else training
+    total_held = len(held)
+    held = [j for j in held.tolist() if j in own]
     dtype, device = decoder.model.dtype, decoder.device
     stored, kept = _trained(linears)
     weights = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in stored.items()}
@@ -47,13 +51,11 @@ def reconstruct(
         state, target = states[own[j]], targets[own[j]].hidden.to(device)
         values = {name: weight.to(dtype) for name, weight in weights.items()}
         output = decoder.run(i, state.hidden.to(device), state.kwargs[i], weights=values)
-        return (output.float() - target.float()).square().sum() / power
+        return relative_error(output, target)
 
     def error() -> float:
-        return parallel.add_up(sum((loss(j) for j in held), torch.zeros((), device=device))).item()
+        return parallel.add_up(sum((loss(j) for j in held), torch.zeros((), device=device))).item() / total_held
 
-    power = sum((targets[own[j]].hidden.to(device).float().square().sum() for j in held), torch.zeros((), device=device))
-    power = parallel.add_up(power)
     batch = max(BATCH, parallel.world())
     steps = -(-len(training) // batch)
     rates = [rate * _scale(weight, kept[name]) for name, weight in weights.items()]
@@ -79,6 +81,13 @@ def reconstruct(
             for name, tensor in stored.items():
                 tensor.copy_(weights[name])
     return torch.tensor([before, best], device=device)
+
+
+def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean over tokens of `||f - y||^2 / ||y||^2`, both (..., H); a token whose target is zero does not count."""
+    power = target.float().square().sum(dim=-1)
+    error = (output.float() - target.float()).square().sum(dim=-1)
+    return (error * torch.where(power > 0, 1 / power, 0)).mean()
 
 
 def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
