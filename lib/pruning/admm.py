@@ -36,7 +36,9 @@ def solve(
     dense = weight.to(hessian.dtype).masked_fill(dampen(hessian), 0)
     goal, penalty = dense @ hessian, PENALTY * hessian.diagonal()
     lower = torch.linalg.cholesky_ex(hessian + penalty.diag())[0]
-    inverse = torch.cholesky_solve(torch.eye(len(lower), out=torch.empty_like(lower)), lower)  # a tenth of cholesky_inverse's time
+    inverse = torch.cholesky_solve(
+        torch.eye(len(lower), out=torch.empty_like(lower)), lower
+    )  # a tenth of cholesky_inverse's time
     wanted = dense
     for share in shares:
         mask = choose(wanted, share)

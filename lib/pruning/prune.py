@@ -1,7 +1,6 @@
 """The table of methods and the one loop over blocks: a dense model and calibration windows in, a pruned model out."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,13 +9,14 @@ from torch import nn
 from tqdm import tqdm
 
 from lib import parallel
-from lib.models.decoder import Decoder, State
+from lib.models.decoder import Decoder
 from lib.models.weights import Matrix, idle
 from lib.pruning import scores, sparsegpt, update
-from lib.pruning.activations import ActivationNorm, observe
+from lib.pruning.activations import ActivationNorm
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
 from lib.pruning.reconstruction import reconstruct
 from lib.pruning.selection import Targets, select
+from lib.pruning.statistics import collect
 from lib.pruning.update import PUBLISHED, Recipe
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def prune(
             chosen = {name: matrices[name] for name in targets.get(i, ())}
             linears = decoder.linears(i) | chosen
             decoder.advance(i, dense)
-            statistics = _observe(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
+            statistics = collect(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
             errors: dict[str, torch.Tensor] = {}
@@ -205,32 +205,6 @@ def share_of_zeros(zeros: Zeros) -> float:
     """Sparsity over all linears of all blocks."""
     counts = [count for linears in zeros.values() for count in linears.values()]
     return sum(zero for zero, _ in counts) / sum(total for _, total in counts)
-
-
-def _observe(
-    decoder: Decoder, i: int, linears: dict[str, Matrix], states: list[State], statistic: type, nsamples: int
-) -> dict[str, torch.Tensor | None]:
-    """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
-    for one without inputs."""
-    with observe(linears, statistic) as observed:
-        for state in states:
-            decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
-    first = {}
-    own = {name: (first.setdefault(id(seen), name), seen.tokens) for name, seen in observed.items()}
-    everywhere = parallel.gather(
-        own
-    )  # an expert may have inputs in other processes only, and linears share there what they see
-    owners = {name: owner for of_rank in everywhere for name, (owner, _) in of_rank.items()}
-    for name in [*owners.values(), *linears]:
-        if name not in observed:
-            owner = owners.get(name, name)
-            observed[name] = observed[owner] if owner in observed else statistic(linears[name].in_features, decoder.device)
-    for name in dict.fromkeys(owners[name] for name in linears if name in owners):  # in the same order in every process
-        parallel.add_up(observed[name].total)
-    tokens = Counter()
-    for of_rank in everywhere:
-        tokens.update({name: count for name, (_, count) in of_rank.items()})
-    return {name: observed[name].result(nsamples) if tokens[name] else None for name in linears}
 
 
 def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> tuple[set[str], set[str]]:

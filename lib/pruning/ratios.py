@@ -1,0 +1,62 @@
+"""How much to remove from each block, where blocks differ in what they can spare: shares with the same total."""
+
+import torch
+from tqdm import tqdm
+
+from lib import parallel
+from lib.models.decoder import Decoder
+from lib.pruning import scores
+from lib.pruning.activations import ActivationNorm
+from lib.pruning.statistics import collect
+
+OUTLIER = 5.0  # times the mean score of its block is an outlier (OWL, arXiv 2310.05175: M)
+SPREAD = 0.08  # of the shares around the one asked for (OWL: lambda)
+MOST = 0.95  # that a block is asked to spare
+
+
+@torch.no_grad()
+def outliers(decoder: Decoder, windows: torch.Tensor, hidden_states: int | None = None) -> list[float]:
+    """The share of outliers among Wanda's scores in each block of the dense model: (blocks,); 0 in one without linears.
+
+    Args:
+        windows: (n, T) token ids.
+        hidden_states: how many of them may be kept in memory.
+    """
+    states = decoder.enter_all(parallel.share(windows), hidden_states)
+    found = []
+    for i in tqdm(range(len(decoder)), desc="ratios", unit="block", disable=None):
+        with decoder.resident(i):
+            linears = decoder.linears(i)
+            norms = collect(decoder, i, linears, states, ActivationNorm, len(windows))
+            score = [scores.wanda(linear.weight, norms[name]) for name, linear in linears.items() if norms[name] is not None]
+            total = sum(part.sum(dtype=torch.float64) for part in score)
+            count = sum(part.numel() for part in score)
+            found.append(sum((part > OUTLIER * total / count).sum() for part in score) / max(count, 1))
+            decoder.advance(i, states)
+    return torch.tensor([float(share) for share in found]).tolist()
+
+
+def owl(outliers: list[float], weights: list[int], ratio: float) -> list[float]:
+    """Shares to remove: blocks with more outliers keep more, within SPREAD of `ratio` (arXiv 2310.05175, section 3.3).
+
+    `sparsity_l = ratio - 2 lambda (D_l - min D) / (max D - min D) + const`, the constant such that the total is `ratio`.
+    """
+    low, high = min(outliers), max(outliers)
+    return balanced([-2 * SPREAD * (share - low) / ((high - low) or 1) for share in outliers], weights, ratio)
+
+
+def line(weights: list[int], ratio: float, slope: float) -> list[float]:
+    """Shares that rise by `slope` from the first block to the last (ATP's, of "Determining layer-wise sparsity for LLMs")."""
+    last = max(len(weights) - 1, 1)
+    return balanced([slope * i / last for i in range(len(weights))], weights, ratio)
+
+
+def balanced(shares: list[float], weights: list[int], ratio: float) -> list[float]:
+    """Shares shifted by one number and kept within [0, MOST], such that they remove `ratio` of all `weights`."""
+    values, sizes = torch.tensor(shares, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+    low, high = -values.max().item(), 1 - values.min().item()
+    for _ in range(60):
+        middle = (low + high) / 2
+        reached = ((values + middle).clamp(0, MOST) * sizes).sum() / sizes.sum()
+        low, high = (middle, high) if reached < ratio else (low, middle)
+    return (values + high).clamp(0, MOST).tolist()
