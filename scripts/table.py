@@ -1,4 +1,4 @@
-"""Perplexity of every method x pattern x ratio x alpha on a model.
+"""Perplexity of every method x pattern x ratio x alpha x recipe on a model.
 
     python scripts/table.py --model meta-llama/Llama-2-7b-hf --gradient_path \\
         gradients/llama2/gradients_aggregrate_norm_l2_model_Llama-2-7b-hf
@@ -21,6 +21,7 @@ from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
+from lib.pruning.update import PUBLISHED, RECIPES
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,6 +69,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[PAPER_ALPHA],
         metavar="ALPHA",
         help="of gblm, a row each (default: 100)",
+    )
+    add(
+        "--recipes",
+        nargs="+",
+        choices=["none", *RECIPES],
+        default=["none"],
+        metavar="RECIPE",
+        help=f"what follows the mask, a row each: none, {', '.join(RECIPES)} (default: none)",
     )
     add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")
     groups.output.add_argument(
@@ -123,17 +132,19 @@ def main(args: argparse.Namespace) -> None:
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
         cli.compare_samples(args, gradients)
-    rows = [("dense", "", None, None)] if "dense" in args.methods else []
+    rows = [("dense", "", None, None, "none")] if "dense" in args.methods else []
     for pattern, sparsity in args.sparsities:
         for method in args.methods:
             if method != "dense":
-                rows += [(method, pattern, sparsity, alpha) for alpha in (args.alphas if method == "gblm" else [None])]
+                alphas = args.alphas if method == "gblm" else [None]
+                rows += [(method, pattern, sparsity, alpha, recipe) for alpha in alphas for recipe in args.recipes]
 
     checked = False
-    apart = ("methods", "patterns", "ratios", "alphas", "output", "sparsities", "folder", "done")
+    apart = ("methods", "patterns", "ratios", "alphas", "recipes", "output", "sparsities", "folder", "done")
     common = {name: value for name, value in vars(args).items() if name not in apart}
-    for method, pattern, sparsity, alpha in rows:
+    for method, pattern, sparsity, alpha, recipe in rows:
         row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
+        row |= {"recipe": recipe} if recipe != "none" else {}
         if any(row.items() <= earlier.items() for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
@@ -151,6 +162,7 @@ def main(args: argparse.Namespace) -> None:
                     sparsity=sparsity,
                     gradients=gradients and gradients.block,
                     alpha=alpha / gradients.scale if alpha is not None else 1.0,
+                    recipe=RECIPES.get(recipe, PUBLISHED),
                 )
             row["sparsity"] = round(share_of_zeros(zeros), 4)
         with phases("perplexity"):

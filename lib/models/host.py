@@ -11,6 +11,7 @@ from contextlib import suppress
 import torch
 
 LARGE = 2**20  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def return_large_memory() -> None:
@@ -19,14 +20,28 @@ def return_large_memory() -> None:
     glibc raises its threshold for that to 32 MB, and what is below lies scattered in its heap: matrices of a block, gone but
     for holes that the next block's do not fit into. Matrices of 32 MB, such as those of a 7B model, are treated so anyway.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
+    _mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def keep_memory() -> None:
+    """From now on freed memory stays with the process, but for tensors of 32 MB and more.
+
+    A block's activations are a few MB each, a thousand times a second. glibc would give them back to the system, which
+    fills every page with zeros when it is needed again.
+    """
+    _mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+    _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps what is below its (growing) threshold, block after block."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)
+
+
+def _mallopt(option: int, value: int) -> None:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
+        mallopt(option, value)
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from lib.models.checkpoint import Checkpoint
 from lib.models.conversion import ModelTensors
 from lib.models.decoder import Decoder
-from lib.models.host import return_large_memory
+from lib.models.host import keep_memory, return_large_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def load(
     if dtype == "auto" and run_dtype == torch.float16 != getattr(config, "dtype", None) and not _has_bfloat16(device):
         logger.warning("%s has no bfloat16 of its own: computing in float16", device)
     if not streamed:
+        keep_memory()
         placed = {"device_map": {"": device}} if device.type != "cpu" else {}
         with reading(name, "its weights", "restore the files, or download them again"), _quiet():
             model, found = auto_class(config).from_pretrained(

@@ -38,7 +38,7 @@ class Method:
 
     def observes(self, recipe: Recipe = PUBLISHED) -> type | None:
         """The statistic that method and recipe need: a Hessian's diagonal holds the activation norm as well."""
-        return self.statistic if recipe.update == "none" else sparsegpt.Hessian
+        return self.statistic if recipe.update == "none" else sparsegpt.ExactHessian
 
 
 METHODS = {

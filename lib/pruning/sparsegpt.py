@@ -26,6 +26,25 @@ class Hessian:
         return self.total * (2 / nsamples)
 
 
+class ExactHessian(Hessian):
+    """The same sum, with products of 16-bit inputs left to units for them: exact there, and added up in fp32.
+
+    It rounds otherwise than the published SparseGPT, and takes a fraction of the time.
+    """
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs of any leading shape, (..., in)."""
+        backend, format = (torch.backends.mkldnn, "bf16") if inputs.device.type == "cpu" else (torch.backends.cuda, "tf32")
+        holds = inputs.dtype == torch.bfloat16 or (inputs.dtype == torch.float16 and format == "tf32")
+        before = backend.matmul.fp32_precision
+        try:
+            if holds:
+                backend.matmul.fp32_precision = format
+            super().add(inputs)
+        finally:
+            backend.matmul.fp32_precision = before
+
+
 def dampen(hessian: torch.Tensor) -> torch.Tensor:
     """Make an (in, in) Hessian positive definite, in place: 1 % of its mean diagonal is added to the diagonal.
 

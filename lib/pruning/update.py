@@ -23,7 +23,7 @@ class Recipe:
     update: str = "none"
     stages: int = 1
     epochs: int = 0
-    rate: float = 0.03
+    rate: float = 0.01
 
     def __post_init__(self):
         if self.update not in UPDATES:
@@ -40,9 +40,7 @@ class Recipe:
 
 
 PUBLISHED = Recipe()  # survivors keep their bits, but for SparseGPT's
-
-
-RECIPES = {"best": Recipe("lsq", stages=8, epochs=1), "max": Recipe("lsq", stages=16, epochs=7, rate=0.02)}
+RECIPES = {"best": Recipe("lsq", stages=8, epochs=1), "max": Recipe("lsq", stages=8, epochs=6)}  # docs/checking_numbers.md
 
 
 def shares(stages: int) -> list[float]:
