@@ -29,7 +29,7 @@ from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.models import loading, memory, store
 from lib.models.decoder import Decoder
-from lib.pruning import scores, selection
+from lib.pruning import ratios, scores, selection
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, Errors, Zeros, needs_windows, prune, share_of_zeros
 from lib.pruning.update import RECIPES, UPDATES, Recipe
@@ -117,7 +117,8 @@ def declare(groups: cli.Groups) -> None:
     add(
         "--layer_ratios",
         metavar="FILE",
-        help='JSON, by block or name: {"0": 0.3, "*.down_proj": "4:8", "*.o_proj": "dense"}, the last match counts',
+        help='owl: blocks with more outliers keep more; or JSON, by block or name: {"0": 0.3, "*.down_proj": "4:8", '
+        '"*.o_proj": "dense"}, the last match counts',
     )
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
@@ -206,7 +207,8 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
         )
     try:
-        args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios else None
+        read = args.layer_ratios and args.layer_ratios != ratios.OWL
+        args.ratios = selection.read_ratios(args.layer_ratios) if read else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
         if method.gradients:
@@ -218,6 +220,8 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     except (ValueError, OSError) as error:
         parser.error(str(error))
     check_recipe(parser, args)
+    if args.layer_ratios == ratios.OWL and args.sparsity_type != "unstructured":
+        parser.error(f"--layer_ratios {ratios.OWL} gives every block a share of its own, {args.sparsity_type} is one for all")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":
@@ -327,14 +331,20 @@ def prepare(args: argparse.Namespace) -> Run:
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     cli.settle_bos(args, outline, tokenizer)
     evaluation = {source: cli.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
-    calibration = cli.read_calibration(args, tokenizer) if needs_windows(args.prune_method, args.steps) else None
+    by_outliers = args.layer_ratios == ratios.OWL
+    needed = by_outliers or needs_windows(args.prune_method, args.steps)
+    calibration = cli.read_calibration(args, tokenizer) if needed else None
     cli.check_vocabulary(args, outline, tokenizer, *evaluation.values(), calibration)
     tasks = None
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
     streams = (calibration is not None) + (args.reconstruct > 0)
     decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples * streams)
-    if decoder.skipped:  # only now known
+    phases = report.Phases(decoder.device)
+    if by_outliers:
+        with phases("ratios"):
+            chosen["ratios"] = args.ratios = ratios.by_outliers(decoder, calibration, args.sparsity.ratio, plan.hidden_states)
+    if decoder.skipped or by_outliers:  # only now known
         targets = selection.select(decoder, args.sparsity, **chosen)
     asked = selection.total_ratio(decoder, targets)
     logger.info(
@@ -346,7 +356,6 @@ def prepare(args: argparse.Namespace) -> Run:
         logger.info(
             "no matrix products, or routers: %.1f %% of the blocks' weights stay dense: %s", 100 * sum(dense.values()), shown
         )
-    phases = report.Phases(decoder.device)
     if gradients:
         with phases("check gradients"):
             gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)

@@ -1,5 +1,7 @@
 """How much to remove from each block, where blocks differ in what they can spare: shares with the same total."""
 
+import logging
+
 import torch
 from tqdm import tqdm
 
@@ -9,9 +11,20 @@ from lib.pruning import scores
 from lib.pruning.activations import ActivationNorm
 from lib.pruning.statistics import collect
 
+logger = logging.getLogger(__name__)
+
+OWL = "owl"  # of --layer_ratios
 OUTLIER = 5.0  # times the mean score of its block is an outlier (OWL, arXiv 2310.05175: M)
 SPREAD = 0.08  # of the shares around the one asked for (OWL: lambda)
 MOST = 0.95  # that a block is asked to spare
+
+
+def by_outliers(decoder: Decoder, windows: torch.Tensor, ratio: float, hidden_states: int | None = None) -> dict[str, float]:
+    """{block: share to remove}, as `selection.select` takes it, of `owl` for this model and these windows (n, T)."""
+    weights = [sum(linear.shape.numel() for linear in decoder.linears(i).values()) for i in range(len(decoder))]
+    shares = owl(outliers(decoder, windows, hidden_states), weights, ratio)
+    logger.info("shares to remove, by block: %s", ", ".join(f"{share:.3f}" for share in shares))
+    return {str(i): share for i, share in enumerate(shares)}
 
 
 @torch.no_grad()
