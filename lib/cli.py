@@ -207,6 +207,7 @@ def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **nee
     )
     decoder = load_weights(args, device, chosen.streamed)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+    chosen = chosen.measured(decoder)
     if decoder.skipped:
         logger.warning("blocks %s stay dense: %s runs text without them", sorted(decoder.skipped), args.model)
     return decoder, chosen
