@@ -542,7 +542,7 @@ def finish(run: Run) -> None:
     parallel.stop()
     if not first:
         return
-    if args.save_model:
+    if args.save_model and (run.asked or args.steps.epochs):  # else the folder is the dense one, its own card included
         card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None)
     saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
     saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []

@@ -323,7 +323,7 @@ def run(parse: Callable[[], argparse.Namespace], main: Callable[[argparse.Namesp
             main(parse())
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
+        if ROOT not in raised_in.parents or "site-packages" in raised_in.relative_to(ROOT).parts:
             raise
         sys.exit(f"{_command()}: error: {error}")
 
