@@ -148,6 +148,7 @@ def point_out_earlier(folder: Path, provenance: dict, decoder: Decoder) -> None:
     try:
         earlier = GradientNorms(folder)
     except (FileNotFoundError, ValueError):  # nothing that main.py would use
+        report.point_out_unknown(folder)
         return
     now = {**provenance, "weights": "this model's"}
     before = {key: earlier.index.get(key) for key in provenance}

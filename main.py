@@ -383,6 +383,9 @@ def point_out_earlier(run: Run) -> None:
             key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")
         }
         report.point_out_earlier(Path(save, report.RESULTS), {key: before[key] for key in now}, now)
+    elif save:
+        for file in (report.RESULTS, "log.txt"):
+            report.point_out_unknown(Path(save, file))
     if model and any(Path(model).glob("*.safetensors")):
         configs = [report.read(folder, "config.json") for folder in (model, run.args.folder)]
         changed = report.differences(*configs) or "of the same architecture"

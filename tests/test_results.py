@@ -170,6 +170,26 @@ def test_earlier_gradients_are_pointed_out_before_they_are_replaced(flags, tmp_p
     assert 'weights was "another model\'s" and is now "this model\'s"' in said
 
 
+def test_earlier_results_that_do_not_tell_what_made_them(wanda, flags, tmp_path, caplog):
+    """Of the published code, or damaged."""
+    folder = tmp_path / "llama2" / "gradients_aggregrate_norm_l2_model_tiny"
+    for place in (tmp_path / "out", folder):
+        place.mkdir(parents=True)
+    (tmp_path / "out" / "log.txt").write_text("actual_sparsity\tppl\n0.5\t7.1\n")
+    (folder / "block_000.safetensors").write_bytes(b"")
+    pruned(*wanda)
+    computed(*flags, "--output_dir", tmp_path, "--norms", "l2")
+    for path in (tmp_path / "out" / "log.txt", folder):
+        assert f"{path}, which does not tell what made it, is replaced" in caplog.text
+    caplog.clear()
+    (tmp_path / "out" / "results.json").write_text("{")
+    (folder / "index.json").write_text("{")
+    pruned(*wanda)
+    computed(*flags, "--output_dir", tmp_path, "--norms", "l2")
+    for path in (tmp_path / "out" / "results.json", tmp_path / "out" / "log.txt", folder):
+        assert f"{path}, which does not tell what made it, is replaced" in caplog.text
+
+
 def test_unfinished_sums_are_not_deleted_in_silence(flags, tmp_path, caplog, monkeypatch):
     stop = gradient_computation.GradientWork.commit
 

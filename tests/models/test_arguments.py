@@ -87,7 +87,7 @@ def test_beyond_the_plan_it_is_in_files_with_the_same_result(kind):
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
-def test_both_commands_give_the_same_with_little_memory_for_states(memory, tokenizer, documents, tmp_path, caplog, monkeypatch):
+def test_both_commands_give_the_same_with_little_memory_for_states(memory, tokenizer, documents, tmp_path, monkeypatch):
     model, text = tmp_path / "gemma3n", tmp_path / "text.jsonl"
     model_of("gemma3n").save_pretrained(model)
     tokenizer.save_pretrained(model)
@@ -117,7 +117,6 @@ def test_both_commands_give_the_same_with_little_memory_for_states(memory, token
         results.append({path.relative_to(out): path.read_bytes() for path in files})
     assert results[0] == results[1] and len(results[0]) == BLOCKS + 2
     assert 0 < entered[1][0] <= 3
-    assert "a kept sample takes 5.5 times its width" in caplog.text
     assert not any(in_a_file(state.hidden) for state in entered[0][1]) and all(
         in_a_file(state.hidden) for state in entered[1][1]
     )
