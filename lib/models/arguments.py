@@ -15,14 +15,15 @@ Arguments = list[dict]  # of every block, {name: value}
 def shared(new: Arguments, old: Arguments) -> Arguments:
     """`new` with what is equal in the same place of `old` taken from there; `old` itself if all is.
 
-    A GPU is asked once, for all tensors in them.
+    A GPU is asked once for all tensors in them, and which it was only if some differ.
     """
     ours, shape = tree_flatten(new)
     theirs, other = tree_flatten(old)
     if shape != other:
         return new
     pairs = {(id(a), id(b)): (a == b).all() for a, b in zip(ours, theirs, strict=True) if a is not b and _alike(a, b)}
-    equal = dict(zip(pairs, torch.stack(list(pairs.values())).tolist(), strict=True)) if pairs else {}
+    found = torch.stack(list(pairs.values())) if pairs else torch.ones(0)
+    equal = dict.fromkeys(pairs, True) if found.all().item() else dict(zip(pairs, found.tolist(), strict=True))
     values = [b if _same(a, b, equal) else a for a, b in zip(ours, theirs, strict=True)]
     return old if all(a is b for a, b in zip(values, theirs, strict=True)) else tree_unflatten(values, shape)
 
