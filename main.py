@@ -343,7 +343,7 @@ def prepare(args: argparse.Namespace) -> Run:
     phases = report.Phases(decoder.device)
     if by_outliers:
         with phases("ratios"):
-            chosen["ratios"] = args.ratios = ratios.by_outliers(decoder, calibration, args.sparsity.ratio, plan.hidden_states)
+            chosen["ratios"] = args.ratios = ratios.by_outliers(decoder, calibration, args.sparsity.ratio, plan.samples)
     if decoder.skipped or by_outliers:  # only now known
         targets = selection.select(decoder, args.sparsity, **chosen)
     asked = selection.total_ratio(decoder, targets)
