@@ -118,7 +118,14 @@ def _runs_of(path: Path) -> list[Run]:
 
 def _of_row(row: dict, source: str) -> Run:
     flags, phases = row["settings"], row["phases"]
-    settings = _settings(flags, row["method"], row["pattern"], row["ratio"], alpha=row["alpha"], recipe=row.get("recipe"))
+    settings = _settings(
+        flags,
+        row["method"],
+        row["pattern"],
+        row["ratio"],
+        alpha=row["alpha"],
+        **{name: row.get(name) for name in ("recipe", "layer_ratios")},
+    )
     seconds = {name: phase["seconds"] for name, phase in phases.items() if "seconds" in phase}
     memory = [phase["peak_host_gb"] for phase in phases.values() if "peak_host_gb" in phase]
     sparsity, peak = row.get("sparsity"), max(memory, default=None)

@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +20,7 @@ from lib import cli, files, report
 from lib.data import sources
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
+from lib.pruning import ratios, selection
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
 from lib.pruning.update import PUBLISHED, RECIPES
@@ -78,6 +80,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="RECIPE",
         help=f"what follows the mask, a row each: none, {', '.join(RECIPES)} (default: none)",
     )
+    add(
+        "--layer_ratios",
+        nargs="+",
+        choices=["equal", ratios.OWL],
+        default=["equal"],
+        metavar="SHARES",
+        help=f"of blocks where unstructured, a row each: equal, {ratios.OWL} (default: equal)",
+    )
     add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")
     groups.output.add_argument(
         "--output",
@@ -132,19 +142,19 @@ def main(args: argparse.Namespace) -> None:
     cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
         cli.compare_samples(args, gradients)
-    rows = [("dense", "", None, None, "none")] if "dense" in args.methods else []
-    for pattern, sparsity in args.sparsities:
-        for method in args.methods:
-            if method != "dense":
-                alphas = args.alphas if method == "gblm" else [None]
-                rows += [(method, pattern, sparsity, alpha, recipe) for alpha in alphas for recipe in args.recipes]
+    rows = [("dense", "", None, None, "none", "equal")] if "dense" in args.methods else []
+    for (pattern, sparsity), method in product(args.sparsities, args.methods):
+        if method != "dense":
+            alphas = args.alphas if method == "gblm" else [None]
+            shares = args.layer_ratios if pattern == "unstructured" else ["equal"]
+            rows += [(method, pattern, sparsity, *more) for more in product(alphas, args.recipes, shares)]
 
     checked = False
-    apart = ("methods", "patterns", "ratios", "alphas", "recipes", "output", "sparsities", "folder", "done")
+    apart = ("methods", "patterns", "ratios", "alphas", "recipes", "layer_ratios", "output", "sparsities", "folder", "done")
     common = {name: value for name, value in vars(args).items() if name not in apart}
-    for method, pattern, sparsity, alpha, recipe in rows:
+    for method, pattern, sparsity, alpha, recipe, shares in rows:
         row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
-        row |= {"recipe": recipe} if recipe != "none" else {}
+        row |= ({"recipe": recipe} if recipe != "none" else {}) | ({"layer_ratios": shares} if shares != "equal" else {})
         if any(row.items() <= earlier.items() for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
@@ -155,11 +165,12 @@ def main(args: argparse.Namespace) -> None:
         phases = report.Phases(decoder.device)
         if method != "dense":
             with phases("prune"):
+                own = ratios.by_outliers(decoder, calibration, sparsity.ratio) if shares == ratios.OWL else None
                 zeros = prune(
                     decoder,
                     calibration,
                     method=method,
-                    sparsity=sparsity,
+                    sparsity=selection.select(decoder, sparsity, ratios=own),
                     gradients=gradients and gradients.block,
                     alpha=alpha / gradients.scale if alpha is not None else 1.0,
                     recipe=RECIPES.get(recipe, PUBLISHED),
