@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from lib.pruning.masks import Sparsity
-from lib.pruning.sparsegpt import Hessian, solve
+from lib.pruning.sparsegpt import ExactHessian, Hessian, solve
 
 
 def inputs(width: int = 24, seed: int = 0) -> torch.Tensor:
@@ -121,3 +122,18 @@ def test_non_finite_inputs_leave_nothing_that_could_be_taken_for_a_weight():
     indefinite = torch.eye(8)
     indefinite[2, 2] = -1
     assert solve(torch.randn(4, 8), indefinite, Sparsity.parse("2:4")).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_fast_hessian_loses_nothing(dtype):
+    """Inputs of every dtype: sums as exact as fp32 gives them, and no setting of torch left behind."""
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    inputs = (torch.randn(3, 500, 160, generator=torch.Generator().manual_seed(0)) * 10).to(DEVICE, dtype)
+    hessian = ExactHessian(160, DEVICE)
+    for part in inputs:
+        hessian.add(part)
+    exact = sum(part.double().T @ part.double() for part in inputs.cpu())
+    scale = exact.diagonal().sqrt()
+    assert ((hessian.total.cpu() - exact).abs() <= 1e-5 * torch.outer(scale, scale)).all()
+    assert hessian.tokens == 1500 and [backend.fp32_precision for backend in backends] == before

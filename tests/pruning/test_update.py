@@ -13,6 +13,7 @@ from lib.models import loading
 from lib.pruning import update
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row
 from lib.pruning.prune import METHODS, prune, share_of_zeros
+from lib.pruning.reconstruction import relative_error
 from lib.pruning.selection import select
 from lib.pruning.update import Recipe
 
@@ -97,6 +98,13 @@ def test_reconstruction_lowers_the_error_on_windows_it_has_not_seen(pattern):
     assert output_error(after, unseen) < 0.97 * output_error(before, unseen)
     for i in range(len(after)):
         assert all((linear.weight == 0).any() for linear in after.linears(i).values())
+
+
+def test_every_tokens_error_counts_by_its_length():
+    """A token a thousand times as long as the others, as the first of a window often is, does not outweigh them."""
+    target = torch.tensor([[[3000.0, 4000.0], [0.3, 0.4], [0.0, 0.0]]])
+    output = target + torch.tensor([[[5.0, 0.0], [0.0, 0.1], [7.0, 7.0]]])
+    assert relative_error(output, target).item() == pytest.approx((1e-6 + 0.04 + 0) / 3, rel=1e-4)
 
 
 def test_reconstruction_that_only_harms_is_dropped():
