@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ LEFT_OUT = (
     "save", "save_model", "cache_dir", "data_dir", "gradient_path", "device", "memory", "activation_memory", "batch_size",
     "grad_norm", "grad_exponent", "force", "plots", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
 )  # fmt: skip
+UPDATES = ("update", "stages", "reconstruct", "reconstruct_lr")
 FIRST = ("model", "method", "pattern", "ratio", "alpha", "norm", "nsamples", "seq_length", "dataset", "eval_dataset")
 OF_SOME = ("pattern", "ratio", "alpha", "norm")  # not all methods, counting the dense model, have these
 FORMS = {"gradient_inv": "inverse", "use_variant": "variant"}  # flags that make another method of one
@@ -37,6 +38,7 @@ class Run:
     peak_gb: float | None = None
     by_block: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     source: str = ""
+    rho: float | None = None  # what it is worse than the dense model, in units of what SparseGPT is on the same samples
 
     @property
     def key(self) -> str:
@@ -63,7 +65,7 @@ def read(places: Iterable[str | Path]) -> list[Run]:
             runs[run.key, run.seed] = run
     if not runs:
         raise ValueError(f"there is no finished run in {', '.join(map(str, places))}: main.py writes results.json with --save")
-    return list(runs.values())
+    return [replace(run, rho=_rho(run, runs.values())) for run in runs.values()]
 
 
 def by_settings(runs: Iterable[Run]) -> list[list[Run]]:
@@ -147,6 +149,22 @@ def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **mor
     }
     whole = {name: int(value) for name, value in own.items() if isinstance(value, float) and value.is_integer()}
     return {name: (own | whole).get(name) for name in (*FIRST, *sorted(own.keys() - set(FIRST)))}  # 100.0 and 100 are one alpha
+
+
+def _rho(run: Run, runs: Iterable[Run]) -> float | None:
+    """(perplexity - dense) / (SparseGPT's - dense), of runs that differ in the method alone; None where one is not there."""
+
+    def those(method: str, apart: tuple[str, ...]) -> list[Run]:
+        own = {name: value for name, value in run.settings.items() if name not in apart and value is not None}
+        alike = ({name: r.settings.get(name) for name in own} == own for r in runs)
+        return [r for r, is_alike in zip(runs, alike, strict=True) if is_alike and r.settings["method"] == method]
+
+    how = ("method", "alpha", "norm", "layer_ratios", *UPDATES)
+    dense = [run.dense] if run.dense else [r.perplexity for r in those("dense", (*how, "pattern", "ratio"))]
+    reference = [r.perplexity for r in those("sparsegpt", how) if r.seed == run.seed]
+    if not dense or not reference or run.settings["method"] == "dense" or reference[0] == dense[0]:
+        return None
+    return (run.perplexity - dense[0]) / (reference[0] - dense[0])
 
 
 def _by_block(results: dict) -> dict[str, dict[str, dict[str, float]]]:

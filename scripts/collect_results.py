@@ -25,7 +25,7 @@ from lib.results import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"^(<!-- table ([^\n]+) -->)$.*?^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE)
-MEASURED = ("seeds", "dense", "perplexity", "sparsity", "seconds", "memory")
+MEASURED = ("seeds", "dense", "perplexity", "rho", "sparsity", "seconds", "memory")
 TITLES = {"seconds": "seconds: pruning + perplexity", "memory": "peak memory, GB"}
 
 
@@ -122,7 +122,7 @@ def cell(group: list[Run], name: str) -> str:
     first = group[0]
     if name == "seeds":
         return ", ".join(str(run.seed) for run in group)
-    if name in ("dense", "perplexity", "sparsity"):
+    if name in ("dense", "perplexity", "rho", "sparsity"):
         values = [getattr(run, name) for run in group if getattr(run, name) is not None]
         places = 4 if name == "sparsity" else 2
         spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 and name == "perplexity" else ""
@@ -157,12 +157,13 @@ def write_csv(path: Path, groups: list[list[Run]], columns: list[str] | None) ->
     settings = [name for name in columns_of(groups, columns) if name not in MEASURED]
     rows = []
     for group in groups:
-        values = [run.perplexity for run in group]
+        values, rhos = [run.perplexity for run in group], [run.rho for run in group if run.rho is not None]
         row = {name: setting(group[0], name) for name in settings}
         row |= {
             "seeds": " ".join(str(run.seed) for run in group),
             "dense": group[0].dense,
             "perplexity": statistics.mean(values),
+            "rho": statistics.mean(rhos) if rhos else None,
         }
         row |= {"perplexity_std": statistics.stdev(values) if len(values) > 1 else None, "sparsity": group[0].sparsity}
         row |= {f"seconds_{name}": value for name, value in seconds_of(group).items()}

@@ -70,6 +70,21 @@ def test_seeds_become_mean_and_spread(tmp_path):
     assert several["markdown"]["dense"] == "20.00" and "dataset" not in several["markdown"]
 
 
+def test_rho_compares_with_sparsegpt_on_the_same_samples(tmp_path):
+    """(40 - 20) / (30 - 20), and nothing where SparseGPT has seen other samples or removed another share."""
+    recipe = {"recipe": "best", "update": "lsq", "stages": 8}
+    write(tmp_path, "own", 40.0, prune_method="wanda", **recipe)
+    write(tmp_path, "reference", 30.0, prune_method="sparsegpt", update="none", stages=1)
+    write(tmp_path, "samples", 40.0, prune_method="wanda", nsamples=8)
+    write(tmp_path, "share", 40.0, ratio=0.6, prune_method="wanda", sparsity_ratio=0.6)
+    write(tmp_path, "seed", 40.0, prune_method="wanda", seed=1)
+    rows = collect(tmp_path, "--output", tmp_path / "table", "--each")
+    found = {(row["method"], row["nsamples"], row["ratio"], row["seeds"]): row for row in rows}
+    own, reference = found.pop(("wanda best", "4", "0.5", "0")), found.pop(("sparsegpt", "4", "0.5", "0"))
+    assert float(own["rho"]) == 2 and own["markdown"]["rho"] == "2.00" and float(reference["rho"]) == 1
+    assert len(found) == 3 and all(row["rho"] == "" for row in found.values())
+
+
 @pytest.mark.parametrize(
     "change",
     [
