@@ -95,6 +95,12 @@ class Choice:
             mask = sparsegpt.solve(weight, self.hessian.clone(), self.target) == 0
         return mask if share == 1 else lowest_of(mask, score, share)
 
+    def pruned(self, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+        """The weight without what is removed, (out, in), what remains updated as the recipe says, or by SparseGPT as published."""
+        if self.rule.score is None and recipe.update == "none":
+            return sparsegpt.solve(weight, self.hessian, self.target)
+        return update.solve(weight, self.hessian, self, recipe)
+
 
 # linear -> relative error of its outputs (masked alone, updated); "" -> the block's own (before reconstruction, after)
 Errors = dict[str, tuple[float, float]]
@@ -152,24 +158,20 @@ def prune(
             decoder.advance(i, dense)
             statistics = collect(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
+            experts, unused = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
             errors: dict[str, torch.Tensor] = {}
-            experts, unused = _unknown(decoder.prefixes[i], chosen, statistics, norms)
             for name, linear in chosen.items():
-                if name in unused:
-                    continue
+                target, seen = targets[i][name], statistics.get(name)
                 if name in experts:
-                    linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), targets[i][name]), 0)
-                    continue
-                choice = Choice(rule, targets[i][name], statistics.get(name), norms.get(name), **options)
-                if rule.score or recipe.update != "none":
-                    weight = update.solve(linear.weight, statistics.get(name), choice, recipe)
-                else:
-                    weight = sparsegpt.solve(linear.weight, statistics[name], targets[i][name])
-                sound[name] = choice.sound & weight.isfinite().all()
-                if recipe.update != "none" and statistics[name] is not None:
-                    errors[name] = update.relative_errors(linear.weight, weight, statistics[name])
-                linear.weight.copy_(weight)
+                    linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), target), 0)
+                elif name not in unused:
+                    choice = Choice(rule, target, seen, norms.get(name), **options)
+                    weight = choice.pruned(linear.weight, recipe)
+                    sound[name] = choice.sound & weight.isfinite().all()
+                    if recipe.update != "none" and seen is not None:
+                        errors[name] = update.relative_errors(linear.weight, weight, seen)
+                    linear.weight.copy_(weight)
             if recipe.epochs and chosen:
                 errors[""] = reconstruct(
                     decoder, i, chosen, states, dense, count=len(windows), epochs=recipe.epochs, rate=recipe.rate
