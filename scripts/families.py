@@ -162,7 +162,8 @@ def naive_wanda(dense: nn.Module, decoder: Decoder, windows: torch.Tensor) -> No
             if name not in inputs.squares and not any(kind_of(other) == kind_of(name) for other in inputs.squares):
                 continue  # takes no part in the forward
             norm = (squares / len(windows)).sqrt()
-            score = weight.abs() * (norm if name in inputs.squares else 1.0)  # an expert without tokens: by magnitude
+            reached = norm.any() or kind_of(name) == name
+            score = weight.abs() * (norm if reached else 1.0)  # an expert without tokens: by magnitude
             order = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
             masks[name] = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
         for name, mask in masks.items():
