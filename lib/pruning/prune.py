@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.models.decoder import Decoder, State
-from lib.models.weights import Matrix, idle
+from lib.models.weights import Matrix, idle, kind_of
 from lib.pruning import scores, sparsegpt, update
 from lib.pruning.activations import ActivationNorm, observe
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
@@ -50,6 +50,7 @@ METHODS = {
 }
 
 SHOWN = 5  # names in a log line
+FEW_TOKENS = 64  # the statistics of an expert that fewer reach say little
 
 
 class Choice:
@@ -230,6 +231,8 @@ def _observe(
     tokens = Counter()
     for of_rank in everywhere:
         tokens.update({name: count for name, (_, count) in of_rank.items()})
+    few = [name for name in linears if kind_of(name) != name and 0 < tokens[name] < FEW_TOKENS]
+    _warn(decoder.prefixes[i], few, len(linears), f"had fewer than {FEW_TOKENS} calibration tokens")
     return {name: observed[name].result(nsamples) if tokens[name] else None for name in linears}
 
 
@@ -241,11 +244,16 @@ def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: d
     experts, dense = idle(linears, met & felt)
     # An expert with inputs is scored by them, even if no gradient came back to it.
     experts = {name for name in experts if not (statistics and name in met)}
-    for names, what in ((experts, "had no calibration tokens, they are pruned by magnitude"), (dense, _IDLE)):
-        if names:
-            shown = ", ".join(sorted(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
-            logger.warning("%d of %d matrices in %s %s: %s", len(names), len(linears), prefix.removesuffix("."), what, shown)
+    _warn(prefix, experts, len(linears), "had no calibration tokens, they are pruned by magnitude")
+    _warn(prefix, dense, len(linears), "do not take part in the forward pass or in the loss, they stay dense")
     return experts, set(dense)
+
+
+def _warn(prefix: str, names: Collection[str], count: int, what: str) -> None:
+    """Say what holds for `names` of a block's `count` matrices, if any."""
+    if names:
+        shown = ", ".join(sorted(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+        logger.warning("%d of %d matrices in %s %s: %s", len(names), count, prefix.removesuffix("."), what, shown)
 
 
 def _any(norm: torch.Tensor) -> bool:
@@ -278,9 +286,6 @@ def _tell(i: int, errors: dict[str, torch.Tensor]) -> Errors:
         said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
     logger.info("%s %s", said[0], ", ".join(said[1:]))
     return {name: tuple(pair) for name, pair in numbers.items()}
-
-
-_IDLE = "do not take part in the forward pass or in the loss, they stay dense"
 
 
 def _remedy(rule: Method, recipe: Recipe) -> str:

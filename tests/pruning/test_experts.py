@@ -1,6 +1,7 @@
 """Mixtures of experts: masks of every expert against a naive loop over experts, and experts that no token reaches."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -154,6 +155,8 @@ def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(kind, meth
     assert share_of_zeros({0: zeros[0]}) == pytest.approx(0.5, abs=0.01)
     if method != "magnitude":
         assert f"{2 * (EXPERTS - len(chosen))} of " in caplog.text and "had no calibration tokens" in caplog.text
+    if METHODS[method].statistic:
+        assert re.search(rf"{2 * len(chosen)} of \d+ matrices in .*\.0 had fewer than \d+ calibration tokens", caplog.text)
     for e in set(range(EXPERTS)) - set(chosen):
         for parameter in ("gate_up_proj", "down_proj"):
             weight = getattr(experts, parameter)[e]
