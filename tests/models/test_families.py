@@ -25,6 +25,7 @@ NEEDED = {
 }  # fmt: skip
 UNUSUAL = [
     ("afmoe", {"num_shared_experts": 0}),  # linears of no outputs
+    ("falcon_h1", {"num_hidden_layers": 1}),  # a tuple, and no next block to take it
 ]
 THREE = ["qwen3_moe", "qwen3_next", "gemma3"]  # a mixture, a hybrid, a wrapper
 
