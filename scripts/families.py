@@ -51,7 +51,9 @@ LACKS = {  # of types that are not made
     **dict.fromkeys(
         ("musicgen", "musicgen_melody"), "text as its input: it is a decoder of sound that stands behind a text encoder"
     ),
-    **dict.fromkeys(("gemma3n", "fast_vlm"), "the package timm, for its vision tower (with it, gemma3n works)"),
+    **dict.fromkeys(
+        ("gemma3n", "fast_vlm", "perception_lm"), "the package timm, for its vision tower (with it, gemma3n works)"
+    ),
     "inkling_mm_model": "the package scipy",
     "evolla": "a class that transformers' automatic ones know",
     "florence2": "a decoder alone: it is an encoder-decoder",
