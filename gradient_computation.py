@@ -18,7 +18,7 @@ from lib import cli, files, parallel, report
 from lib.gradients.folder import GradientNorms, GradientWriter, folder_of, scales_of
 from lib.gradients.walk import NORMS, SCALE, gradient_norms
 from lib.gradients.work import GradientWork
-from lib.models import loading
+from lib.models import fingerprint, loading
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger("gradient_computation")
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         "norms": list(norms),
         "memory": "streamed" if chosen.streamed else "resident",
         "windows": checksum(own),
-        "weights": decoder.checksum(),
+        "weights": fingerprint.checksum(decoder),
     }
     name = folder_of(args.output_dir, args.llama_version, "work", args.model).name
     place = next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}")
@@ -129,9 +129,9 @@ def main(args: argparse.Namespace) -> None:
                 first=first,
             )
             for i, sums in walk:
-                fingerprint = decoder.fingerprint(i)
+                few = fingerprint.of_block(decoder, i)
                 for norm, writer in writers.items():
-                    writer.write_block(i, sums.result(norm), fingerprint)
+                    writer.write_block(i, sums.result(norm), few)
         for norm, writer in writers.items():
             writer.finish({"norm": norm, **provenance, "missing": work.missing})
             if parallel.rank() == 0:
@@ -148,6 +148,7 @@ def point_out_earlier(folder: Path, provenance: dict, decoder: Decoder) -> None:
     try:
         earlier = GradientNorms(folder)
     except (FileNotFoundError, ValueError):  # nothing that main.py would use
+        report.point_out_unknown(folder)
         return
     now = {**provenance, "weights": "this model's"}
     before = {key: earlier.index.get(key) for key in provenance}

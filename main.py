@@ -27,7 +27,7 @@ from lib.data import sources
 from lib.evaluation import kept, zero_shot
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
-from lib.models import loading, memory, store
+from lib.models import checks, fingerprint, loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import scores, selection
 from lib.pruning.masks import Sparsity
@@ -341,7 +341,7 @@ def prepare(args: argparse.Namespace) -> Run:
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
         sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
     )  # fmt: skip
-    if dense := decoder.dense():
+    if dense := checks.dense_shares(decoder):
         shown = ", ".join(f"{name} {share:.1%}" for name, share in dense.items())
         logger.info(
             "no matrix products, or routers: %.1f %% of the blocks' weights stay dense: %s", 100 * sum(dense.values()), shown
@@ -349,7 +349,7 @@ def prepare(args: argparse.Namespace) -> Run:
     phases = report.Phases(decoder.device)
     if gradients:
         with phases("check gradients"):
-            gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
+            gradients.check(decoder)
         if calibration is not None:
             cli.compare_samples(args, gradients)
     run = Run(
@@ -364,7 +364,7 @@ def prepare(args: argparse.Namespace) -> Run:
         evaluation,
         tasks,
         phases,
-        decoder.checksum()[:16],
+        fingerprint.checksum(decoder)[:16],
     )
     if parallel.rank() == 0:
         point_out_earlier(run)
@@ -383,6 +383,9 @@ def point_out_earlier(run: Run) -> None:
             key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")
         }
         report.point_out_earlier(Path(save, report.RESULTS), {key: before[key] for key in now}, now)
+    elif save:
+        for file in (report.RESULTS, "log.txt"):
+            report.point_out_unknown(Path(save, file))
     if model and any(Path(model).glob("*.safetensors")):
         configs = [report.read(folder, "config.json") for folder in (model, run.args.folder)]
         changed = report.differences(*configs) or "of the same architecture"
@@ -485,7 +488,7 @@ def prune_model(run: Run) -> Zeros:
                 use_variant=args.use_variant,
                 gradient_inv=args.gradient_inv,
                 recipe=args.steps,
-                hidden_states=run.plan.hidden_states,
+                hidden_states=run.plan.samples,
                 finished=finished,
                 measured=run.errors.__setitem__,
             )
@@ -524,7 +527,7 @@ def keep_results(run: Run, status: str) -> dict:
         "sparsity_asked": run.asked,
         "sparsity_by_block": report.by_linear(run.zeros),
         "errors_by_block": report.errors_by_linear(run.errors),
-        "dense": decoder.dense(),
+        "dense": checks.dense_shares(decoder),
         "took_no_part": [
             f"{decoder.prefixes[i]}{name}" for i, names in run.targets.items() for name in names if not run.zeros[i][name][0]
         ],
@@ -542,7 +545,7 @@ def finish(run: Run) -> None:
     parallel.stop()
     if not first:
         return
-    if args.save_model:
+    if args.save_model and (run.asked or args.steps.epochs):  # else the folder is the dense one, its own card included
         card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None)
     saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
     saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []

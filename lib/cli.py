@@ -207,6 +207,7 @@ def load(args: argparse.Namespace, device: torch.device, outline: Decoder, **nee
     )
     decoder = load_weights(args, device, chosen.streamed)
     logger.info("%s: %d blocks in %s on %s", args.model, len(decoder), decoder.model.dtype, decoder.device)
+    chosen = chosen.measured(decoder)
     if decoder.skipped:
         logger.warning("blocks %s stay dense: %s runs text without them", sorted(decoder.skipped), args.model)
     return decoder, chosen
@@ -322,7 +323,7 @@ def run(parse: Callable[[], argparse.Namespace], main: Callable[[argparse.Namesp
             main(parse())
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
+        if ROOT not in raised_in.parents or "site-packages" in raised_in.relative_to(ROOT).parts:
             raise
         sys.exit(f"{_command()}: error: {error}")
 

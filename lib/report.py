@@ -47,6 +47,12 @@ def point_out_earlier(place: Path, before: dict, now: dict) -> None:
         logger.info("the result in %s, of a run with the same settings, is replaced when this run has its own", place)
 
 
+def point_out_unknown(place: Path) -> None:
+    """The same of what lies in `place` and does not tell what made it: damaged, unfinished, or of another tool."""
+    if place.exists():
+        logger.warning("%s, which does not tell what made it, is replaced when this run has its own", place)
+
+
 def read(folder: str, file: str = RESULTS) -> dict:
     """A JSON file in `folder`, such as the results of an earlier run; {} where there is none that can be read."""
     try:

@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         decoder = cli.load_weights(args, device)
         if gradients and not checked:
-            gradients.check(len(decoder), decoder.shapes, decoder.fingerprint)
+            gradients.check(decoder)
             checked = True
         phases = report.Phases(decoder.device)
         if method != "dense":

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lib import parallel
 from lib.gradients.folder import GradientNorms
 from lib.gradients.walk import gradient_norms
-from lib.models import loading
+from lib.models import fingerprint, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import METHODS, prune
@@ -148,9 +148,9 @@ def test_pruned_weights_are_the_cpus_and_wait_for_the_device_once_a_block(method
 def test_fingerprints_are_the_cpus_and_come_in_one_copy():
     here, there = on(CPU), on(DEVICE)
     with counted() as traffic:
-        found = there.fingerprint(1)
+        found = fingerprint.of_block(there, 1)
     assert traffic == {"uploads": 1, "downloads": 1, "waits": 1}
-    assert all(torch.equal(values, found[name]) for name, values in here.fingerprint(1).items())
+    assert all(torch.equal(values, found[name]) for name, values in fingerprint.of_block(here, 1).items())
 
 
 def test_hidden_states_on_the_host_cross_twice_a_block():

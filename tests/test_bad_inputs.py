@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import gradient_computation
 import main as pruning
 from lib import cli, hub
+from lib.models import checks
 from lib.models.decoder import Decoder
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation, "table.py": table}
@@ -347,7 +348,7 @@ def test_a_run_that_is_told_to_end_leaves_what_was_there(command, kind, status, 
         advance(decoder, i, states)
 
     monkeypatch.setattr(Decoder, "advance", end)
-    monkeypatch.setattr(Decoder, "require_runs_alone", lambda decoder: None)  # which would be ended before the work
+    monkeypatch.setattr(checks, "require_runs_alone", lambda decoder: decoder.enter(decoder.probe()))  # it would end already
     monkeypatch.setattr(Decoder, "tail", lambda *args, **more: end(None, 1, []))  # of the gradients
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))

@@ -46,7 +46,7 @@ def pruned_to(documents, tmp_path):
             "--dtype", "float32", "--cache_dir", tmp_path / "cache", "--prune_method", "wanda", "--sparsity_type", "2:4",
             "--save", folder.parent, "--save_model", folder, *more,
         )  # fmt: skip
-        return (folder / "README.md").read_text()
+        return place.read_text() if (place := folder / "README.md").exists() else None
 
     return prune
 
@@ -143,3 +143,13 @@ def test_the_summary_says_all_of_it(saved_model, pruned_to, tmp_path, caplog):
     ):  # fmt: skip
         assert expected in summary
     assert all(unit in tables.phases(results) for unit in ("seconds", "host GB", "prune", "pruned perplexity"))
+
+
+def test_where_nothing_is_pruned_the_dense_card_stays(dense, saved_model, pruned_to, tmp_path):
+    place = tmp_path / "out" / "model"
+    pruned_to(saved_model, place)  # of which no card may stay
+    for model in (dense, saved_model):
+        pruned_to(model, place, "--sparsity_type", "unstructured", "--sparsity_ratio", 0)
+        before, after = contents(model), contents(place)
+        assert set(after) == set(before)
+        assert [name for name in after if after[name] != before[name]] == ["model.safetensors"]

@@ -118,6 +118,20 @@ def test_other_shapes_and_dtypes_are_changes(check, pruned, tmp_path):
     assert status == 1 and "in torch.float16, the dense model's is" in printed
 
 
+def test_tensors_that_only_one_of_the_two_has(check, pruned, dense):
+    """Such as heads that transformers does not load: the files are compared, not the models."""
+    name, status = "model.layers.3.eh_proj.weight", []
+    plain = {folder: load_file(folder / "model.safetensors") for folder in (pruned, dense)}
+    for having in ([dense], [dense, pruned], [pruned], []):
+        for folder, tensors in plain.items():
+            more = {name: torch.ones(2, 4)} if folder in having else {}
+            save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+        found, printed = check(pruned, "--against", dense)
+        status.append(found)
+        assert (f"{name}: in only one of the two checkpoints" in printed) == bool(found)
+    assert status == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -14,6 +14,7 @@ import gradient_computation
 import main as pruning
 from lib import files, report
 from lib.gradients.folder import GradientNorms
+from lib.models import fingerprint
 
 
 def pruned(*arguments) -> None:
@@ -93,9 +94,9 @@ def test_gradients_that_fail_leave_the_earlier_ones(flags, tmp_path, monkeypatch
     computed(*flags, "--output_dir", tmp_path)
     folder = tmp_path / "llama2" / "gradients_aggregrate_norm_l2_model_tiny"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    fingerprint = pruning.Decoder.fingerprint
-    monkeypatch.setattr(pruning.Decoder, "fingerprint", lambda self, i: fingerprint(self, i) if i else 1 / 0)
-    monkeypatch.setattr(pruning.Decoder, "checksum", lambda self: "")
+    of_block = fingerprint.of_block
+    monkeypatch.setattr(fingerprint, "of_block", lambda decoder, i: of_block(decoder, i) if i else 1 / 0)
+    monkeypatch.setattr(fingerprint, "checksum", lambda decoder: "")
     monkeypatch.setattr(gradient_computation, "point_out_earlier", lambda *args: None)
     with pytest.raises(ZeroDivisionError):  # at the last block
         computed(*flags, "--output_dir", tmp_path, "--seed", 1)
@@ -167,6 +168,26 @@ def test_earlier_gradients_are_pointed_out_before_they_are_replaced(flags, tmp_p
     [said] = [line for line in caplog.text.splitlines() if "the earlier result in" in line]
     assert "WARNING" in said and "nsamples was 2 and is now 3" in said
     assert 'weights was "another model\'s" and is now "this model\'s"' in said
+
+
+def test_earlier_results_that_do_not_tell_what_made_them(wanda, flags, tmp_path, caplog):
+    """Of the published code, or damaged."""
+    folder = tmp_path / "llama2" / "gradients_aggregrate_norm_l2_model_tiny"
+    for place in (tmp_path / "out", folder):
+        place.mkdir(parents=True)
+    (tmp_path / "out" / "log.txt").write_text("actual_sparsity\tppl\n0.5\t7.1\n")
+    (folder / "block_000.safetensors").write_bytes(b"")
+    pruned(*wanda)
+    computed(*flags, "--output_dir", tmp_path, "--norms", "l2")
+    for path in (tmp_path / "out" / "log.txt", folder):
+        assert f"{path}, which does not tell what made it, is replaced" in caplog.text
+    caplog.clear()
+    (tmp_path / "out" / "results.json").write_text("{")
+    (folder / "index.json").write_text("{")
+    pruned(*wanda)
+    computed(*flags, "--output_dir", tmp_path, "--norms", "l2")
+    for path in (tmp_path / "out" / "results.json", tmp_path / "out" / "log.txt", folder):
+        assert f"{path}, which does not tell what made it, is replaced" in caplog.text
 
 
 def test_unfinished_sums_are_not_deleted_in_silence(flags, tmp_path, caplog, monkeypatch):

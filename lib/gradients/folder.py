@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from lib import parallel
 from lib.files import replace_file, replace_folder, settle
 from lib.gradients.walk import SCALE
+from lib.models import fingerprint
 from lib.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -180,22 +180,18 @@ class GradientNorms:
         tensors = load_file(self.path / self._file(i)) if self.path.is_dir() else self.published
         return {key.removesuffix(suffix): tensor for key, tensor in tensors.items() if key.endswith(suffix)}
 
-    def check(self, nblocks: int, shapes: Callable[[int], dict], fingerprint: Callable[[int], dict]) -> None:
-        """Compare all of it with a model, a block at a time; raise ValueError naming the first tensor that is wrong.
-
-        Args:
-            shapes: block index -> {linear: (out, in)} of the model.
-            fingerprint: block index -> {linear: weights} of the model, `Decoder.fingerprint`.
-        """
+    def check(self, decoder: Decoder) -> None:
+        """Compare all of it with a model, a block at a time; raise ValueError naming the first tensor that is wrong."""
         held = len(self.files) or len({key.rpartition("_layer_")[2] for key in self.published})
-        if held != nblocks:
-            raise ValueError(f"{self.path} holds {held} blocks, the model has {nblocks}: it belongs to another model")
-        for i in range(nblocks):
-            keys = {name: key_of(name, i) for name in shapes(i)}
+        if held != len(decoder):
+            raise ValueError(f"{self.path} holds {held} blocks, the model has {len(decoder)}: it belongs to another model")
+        for i in range(len(decoder)):
+            shapes = decoder.shapes(i)
+            keys = {name: key_of(name, i) for name in shapes}
             if self.path.is_dir():
                 self._check_file(i, keys)
             norms = self.block(i)
-            for name, shape in shapes(i).items():
+            for name, shape in shapes.items():
                 if name not in norms:
                     raise ValueError(f"{self.path} has no tensor {keys[name]}: it belongs to another model, or {REMEDY}")
                 if tuple(norms[name].shape) != tuple(shape):
@@ -208,7 +204,7 @@ class GradientNorms:
                         f"{keys[name]} in {self.path} holds NaN or infinity: {REMEDY}, in --dtype bfloat16 or float32"
                     )
             if self.fingerprint:
-                for name, weights in fingerprint(i).items():
+                for name, weights in fingerprint.of_block(decoder, i).items():
                     if not _same_weights(weights, self.fingerprint.get(keys[name])):
                         raise ValueError(
                             f"{keys[name]} in {self.path} was computed for other weights ({self.index.get('model')}): "
@@ -217,7 +213,7 @@ class GradientNorms:
 
     def is_of(self, decoder: Decoder) -> bool:
         """Whether these are the norms of this model's weights, as far as the index tells."""
-        recorded = {key_of(name, i): few for i in range(len(decoder)) for name, few in decoder.fingerprint(i).items()}
+        recorded = {key_of(name, i): few for i in range(len(decoder)) for name, few in fingerprint.of_block(decoder, i).items()}
         return recorded.keys() == self.fingerprint.keys() and all(
             _same_weights(few, self.fingerprint[key]) for key, few in recorded.items()
         )

@@ -103,8 +103,8 @@ def other_files(name: str, cache_dir: str | None = None) -> dict[str, Path]:
             folder = Path(snapshot_download(name, cache_dir=cache_dir, ignore_patterns=patterns))
         except OSError:  # out of reach
             folder = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not {".git", ".cache"} & set(path.parts))
-    return {str(path.relative_to(folder)): path for path in files if not is_weights(path)}
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file() and not is_weights(path)}
+    return {str(file): path for file, path in files.items() if not {".git", ".cache"} & set(file.parts)}
 
 
 def is_weights(path: Path) -> bool:

@@ -6,8 +6,6 @@ Head and tail are the model's own forward with the blocks' forward replaced, so 
 soft-capping and tied heads are the model's own and no family is a special case.
 """
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,20 +15,17 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from torch.func import functional_call
 
+from lib.models import arguments, checks
 from lib.models.carried import Carried, split
 from lib.models.chain import Chain, calls, find_blocks, learn, replaced
 from lib.models.host import mapped, trim_heap
-from lib.models.weights import Matrix, kind_of, matrices_of
+from lib.models.weights import Matrix, matrices_of
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
 TAIL_POSITIONS = {"cpu": 64, "gpu": 512}
 HANDED = "returned by earlier blocks"  # among a block's arguments: what of that it takes, by (block, position)
-PROBE_TOKENS = 11  # of the text that a model has to run alike as a whole and block by block
-PROBE_TOLERANCE = {torch.float32: 1e-3}  # of its loss, relative; in 16 bits:
-PROBE_TOLERANCE_16 = 0.03
-FINGERPRINT_VALUES = 16  # weights of each matrix that identify it
-MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
+PROBE_TOKENS = 11  # of the text that tells how a model runs
 
 
 @dataclass
@@ -62,18 +57,20 @@ class Decoder:
         self.source = source
         path, self.blocks = find_blocks(model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.blocks))]
-        self._kwargs: list[dict | None] = []  # of the sample before, shared by samples that have equal ones
-        self.chain: Chain | None = None  # learnt from the first tokens
+        self._kwargs: list[dict] = []  # of the sample before, of which the next shares what is equal
+        self.chain: Chain | None = None  # learnt from the first tokens, with what follows
         self._time = 1  # the dimension of hidden states that is T
-        self._several = self._used_several_times()
+        self.hidden_bytes = 0.0  # of a token in a hidden state
+        self.own_bytes = 0.0  # of a token in the blocks' other arguments, as far as samples do not share them
+        self.several = self._used_several_times()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # one product per expert: `weights.products` sees each
         for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
             if getattr(config, "output_router_logits", False):
                 config.output_router_logits = False  # the loss is the cross-entropy, without what balances experts in training
-        self.share = self._require_prunable(path)
+        self.share = checks.require_prunable(self)
         if not any(parameter.is_meta for parameter in model.parameters()):
-            self.require_runs_alone()
+            checks.require_runs_alone(self)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -89,42 +86,15 @@ class Decoder:
 
     def linears(self, i: int) -> dict[str, Matrix]:
         """{path inside the block: matrix} of all that is pruned in block `i` unless flags say otherwise."""
-        return {name: matrix for name, matrix in self._matrices(i).items() if not matrix.router}
+        return {name: matrix for name, matrix in self.matrices(i).items() if not matrix.router}
 
     def routers(self, i: int) -> dict[str, Matrix]:
         """Those that send tokens to experts: dense unless a flag names them."""
-        return {name: matrix for name, matrix in self._matrices(i).items() if matrix.router}
+        return {name: matrix for name, matrix in self.matrices(i).items() if matrix.router}
 
     def shapes(self, i: int) -> dict[str, torch.Size]:
         """{matrix: (out, in)} of block `i`, routers included."""
-        return {name: matrix.shape for name, matrix in self._matrices(i).items()}
-
-    def fingerprint(self, i: int) -> dict[str, torch.Tensor]:
-        """A few weights of each matrix of block `i`, evenly spaced, fp32 on the CPU: {matrix: (FINGERPRINT_VALUES,)}."""
-        matrices = self._matrices(i)
-        if not matrices:
-            return {}
-        where = [_evenly(matrix.shape) for matrix in matrices.values()]
-        read: dict[str, torch.Tensor] = {}
-        if self.source is None:
-            where = torch.stack(where).to(self.device, non_blocking=True)  # (matrices, 2, values)
-        values = []
-        for matrix, (row, column) in zip(matrices.values(), where, strict=True):
-            weight = matrix.weight.detach()
-            if self.source is not None:
-                if matrix.tensor_name not in read:  # a stack once for all its matrices
-                    read = {matrix.tensor_name: self.source[self.prefixes[i] + matrix.tensor_name]}
-                weight = matrix.of(read[matrix.tensor_name])
-            values.append(weight[row, column].float())
-        return dict(zip(matrices, torch.stack(values).cpu(), strict=True))
-
-    def checksum(self) -> str:
-        """SHA-256 of the fingerprint of all blocks: which weights these are."""
-        digest = hashlib.sha256()
-        for i in range(len(self)):
-            for values in self.fingerprint(i).values():
-                digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
+        return {name: matrix.shape for name, matrix in self.matrices(i).items()}
 
     @contextmanager
     def resident(self, i: int) -> Iterator[nn.Module]:
@@ -169,12 +139,10 @@ class Decoder:
     def enter(self, tokens: torch.Tensor) -> State:
         """The head: token ids (B, T) to the hidden state (B, T, H) that enters block 0, and every block's arguments."""
         if self.chain is None:
-            self.chain = learn(self.model, self.blocks, self._probe())
+            self._learn()
         found = calls(self.model, self.blocks, tokens.to(self.device), self.chain)
         kwargs, carried = split([found[i][1] if i in found else {} for i in range(len(self))])
-        if not _equal(kwargs, self._kwargs):
-            self._kwargs = kwargs
-        kwargs = self._kwargs
+        kwargs = self._kwargs = arguments.shared(kwargs, self._kwargs)
         if self.chain.takes:
             carried[HANDED] = {}
         if carried:
@@ -184,21 +152,38 @@ class Decoder:
             ]
         return State(found[min(found)][0], kwargs, carried)
 
-    def _probe(self) -> torch.Tensor:
+    def _learn(self) -> None:
+        """How the model runs its blocks, and how much a sample is on its way through them."""
+        tokens = self.probe()
+        self.chain = learn(self.model, self.blocks, tokens)
+        one, other = self.enter(tokens), self.enter(tokens.flip(1))
+        shape = tuple(one.hidden.shape)
+        if shape.count(PROBE_TOKENS) != 1:
+            raise ValueError(f"the first block is given hidden states of {shape} for {PROBE_TOKENS} tokens")
+        self._time = shape.index(PROBE_TOKENS)
+        self.hidden_bytes = one.hidden.nbytes / PROBE_TOKENS
+        self.own_bytes = sum(tensor.nbytes for tensor in arguments.own(other.kwargs, one.kwargs)) / PROBE_TOKENS
+
+    def probe(self) -> torch.Tensor:
         """A few tokens, (1, PROBE_TOKENS)."""
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         return (torch.arange(3, 3 + PROBE_TOKENS, device=self.device) % vocabulary)[None]
 
     def enter_all(self, windows: torch.Tensor, in_memory: int | None = None) -> list[State]:
-        """The head for windows (n, T), each a sample. More than `in_memory` hidden states are kept in a mapped temporary file."""
+        """The head for windows (n, T), each a sample. If they are more than `in_memory`, their hidden states, and what else is
+        a sample's own, are kept in mapped temporary files."""
         states: list[State] = []
         slots, windows = None, windows.to(self.device)
         for k, window in enumerate(windows):
+            before = self._kwargs
             state = self.enter(window[None])
             if in_memory is not None and len(windows) > in_memory:
                 if slots is None:
                     slots = mapped((len(windows), *state.hidden.shape), state.hidden.dtype)
                 state.hidden, state.mapped = slots[k].copy_(state.hidden), True
+                if self.own_bytes:
+                    kept = arguments.in_file(self._kwargs, before)
+                    state.kwargs = [given | own for given, own in zip(state.kwargs, kept, strict=True)]
             states.append(state)
         return states
 
@@ -211,6 +196,8 @@ class Decoder:
         handed = kwargs.get(HANDED, {})
         taken = {name: handed[place] for name, place in self.chain.takes.get(i, {}).items() if place in handed}
         block, kwargs = self.blocks[i], {name: value for name, value in kwargs.items() if name != HANDED} | taken
+        if self.own_bytes:
+            kwargs = arguments.on(self.device, kwargs)
         output = functional_call(block, weights, (hidden,), kwargs) if weights else block(hidden, **kwargs)
         if not isinstance(output, tuple | list):
             return output
@@ -254,10 +241,10 @@ class Decoder:
             total += loss.detach()
         return total, gradient
 
-    def _matrices(self, i: int) -> dict[str, Matrix]:
+    def matrices(self, i: int) -> dict[str, Matrix]:
         """What can be pruned in block `i`: not what other blocks use as well, they would need other masks."""
         matrices = matrices_of(self.blocks[i]) if i not in self.skipped else {}
-        return {name: m for name, m in matrices.items() if self.prefixes[i] + m.tensor_name not in self._several}
+        return {name: m for name, m in matrices.items() if self.prefixes[i] + m.tensor_name not in self.several}
 
     def _used_several_times(self) -> set[str]:
         """Names in the model of parameters that several blocks share, or a block uses under several names."""
@@ -268,108 +255,3 @@ class Decoder:
         tied = {name for pair in getattr(self.model, "all_tied_weights_keys", {}).items() for name in pair}
         own = {name for group in names.values() for name in group}
         return {name for group in names.values() if len(group) > 1 for name in group} | (tied & own)
-
-    def dense(self) -> dict[str, float]:
-        """{name, with "*" for numbers: share of the blocks' weights} of matrices and larger tensors that stay dense by their
-        nature, the largest first."""
-        shares: Counter[str] = Counter()
-        total = 0
-        for _, name, parameter, prunable in self._parameters():
-            total += parameter.numel()
-            if parameter.ndim > 1 and not prunable:
-                shares[kind_of(name)] += parameter.numel()
-        return {name: count / total for name, count in shares.most_common()}
-
-    def _parameters(self) -> Iterator[tuple[int, str, nn.Parameter, bool]]:
-        """(block, name inside it, parameter, whether it can be pruned) of all of them, those of several blocks once."""
-        shared: set[str] = set()
-        for i, block in enumerate(self.blocks):
-            own = {matrix.tensor_name for matrix in self.linears(i).values()}
-            for name, parameter in block.named_parameters():
-                if self.prefixes[i] + name in self._several:
-                    if kind_of(name) in shared:
-                        continue
-                    shared.add(kind_of(name))
-                yield i, name, parameter, name in own
-
-    def _require_prunable(self, path: str) -> float:
-        """The share of the blocks' weights that can be pruned; ValueError if that is less than half of them."""
-        prunable = total = 0
-        largest = ("", torch.empty(0))
-        for i, name, parameter, can_be in self._parameters():
-            total += parameter.numel()
-            if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
-                raise ValueError(
-                    f"{path}.{i}.{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
-                    "was made from"
-                )
-            if can_be:
-                prunable += parameter.numel()
-            elif parameter.numel() > largest[1].numel():
-                largest = (f"{path}.{i}.{name}", parameter)
-        if prunable < MINIMUM_SHARE * total:
-            raise ValueError(
-                f"only {prunable / total:.0%} of the weights in the blocks of {type(self.model).__name__} belong to matrix products "
-                f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
-            )
-        return prunable / total
-
-    @torch.no_grad()
-    def require_runs_alone(self) -> None:
-        """Compare a few tokens' loss of the model's forward with that of its blocks run one by one; only head and tail are
-        tried of a model whose blocks are not in memory.
-
-        Raises:
-            ValueError: they differ, or the model cannot be run on text alone.
-        """
-        try:
-            tokens = self._probe()
-            state = self.enter(tokens)
-            shape = tuple(state.hidden.shape)
-            if shape.count(PROBE_TOKENS) != 1:
-                raise ValueError(f"the first block is given hidden states of {shape} for {PROBE_TOKENS} tokens")
-            self._time = shape.index(PROBE_TOKENS)
-            for i in range(len(self) if self.source is None else 0):
-                self.advance(i, [state])
-            alone, _ = self.tail(state.hidden, tokens, positions=PROBE_TOKENS // 2)
-            if self.source is None:
-                whole = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
-                tolerance = PROBE_TOLERANCE.get(self.model.dtype, PROBE_TOLERANCE_16)
-                if abs(alone - whole) > tolerance * whole.abs().clamp(min=1):  # not if one of them is NaN: weights may be
-                    raise ValueError(f"their loss is {alone:.4f}, that of the whole model {whole:.4f}")
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the code of two hundred models raises all there is
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"the blocks of {type(self.model).__name__} cannot be run one by one on text: {said}") from error
-
-
-def _evenly(shape: torch.Size) -> torch.Tensor:
-    """Rows and columns of FINGERPRINT_VALUES weights of a matrix: (2, values)."""
-    flat = torch.linspace(0, shape.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-    return torch.stack([flat // shape[1], flat % shape[1]])
-
-
-def _equal(a, b) -> bool:
-    """Whether two nested arguments hold the same values. A GPU is asked once, for all tensors in them."""
-    pairs: dict[tuple[int, int], torch.Tensor] = {}
-    return _alike(a, b, pairs) and (not pairs or torch.stack(list(pairs.values())).all().item())
-
-
-def _alike(a, b, pairs: dict[tuple[int, int], torch.Tensor]) -> bool:
-    """Whether two nested arguments may be equal: if all `pairs` of tensors in them are, which blocks share."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-            return False
-        if (id(a), id(b)) not in pairs:
-            pairs[id(a), id(b)] = (a == b).all()
-        return True
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_alike(x, y, pairs) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key], pairs) for key in a)
-    return a == b

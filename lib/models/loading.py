@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from lib.models import checks
 from lib.models.checkpoint import Checkpoint
 from lib.models.conversion import ModelTensors
 from lib.models.decoder import Decoder
@@ -87,7 +88,7 @@ def load(
     for key, buffer in model.named_buffers():
         if buffer.device.type != "meta":
             set_module_tensor_to_device(model, key, device, value=buffer)
-    decoder.require_runs_alone()
+    checks.require_runs_alone(decoder)
     return decoder
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -21,14 +21,33 @@ GRAPH_WIDTH = 24  # a block's graph holds about this many tensors as large as it
 
 @dataclass(frozen=True)
 class Plan:
-    """`streamed`: the blocks stay on disk. `hidden_states`: how many (T, H) hidden states may be kept at a time."""
+    """What `plan` has decided.
+
+    `streamed`: the blocks stay on disk. `hidden_states`: how many of a sample's hidden states may be kept at a time. `own`: what
+    else a sample keeps, in hidden states.
+    """
 
     streamed: bool
     hidden_states: int
+    own: float = 0.0
+
+    def measured(self, decoder: Decoder) -> "Plan":
+        """The same with what a sample of the model keeps, which its config does not say."""
+        planned = decoder.model.config.get_text_config().hidden_size * decoder.model.dtype.itemsize
+        if decoder.hidden_bytes == planned and not decoder.own_bytes:
+            return self
+        logger.info("a kept sample takes %.1f times its width", (decoder.hidden_bytes + decoder.own_bytes) / planned)
+        states = max(1, int(self.hidden_states * planned / decoder.hidden_bytes))
+        return replace(self, hidden_states=states, own=decoder.own_bytes / decoder.hidden_bytes)
+
+    @property
+    def samples(self) -> int:
+        """How many samples with one hidden state each may be kept."""
+        return max(1, int(self.hidden_states / (1 + self.own)))
 
     def group(self, nsamples: int, states_per_sample: int) -> int:
         """Samples of a group, in as few and as equal groups as the kept hidden states allow."""
-        largest = max(1, self.hidden_states // states_per_sample)
+        largest = max(1, int(self.hidden_states / (states_per_sample + self.own)))
         return math.ceil(nsamples / math.ceil(nsamples / largest))
 
 

@@ -42,7 +42,9 @@ class Store:
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.dense = dense
         self.updated = updated
-        self.others = other_files(dense.checkpoint.name, cache_dir)
+        own = {self.folder, self.partial}  # which may lie in the dense folder
+        others = other_files(dense.checkpoint.name, cache_dir)
+        self.others = {file: path for file, path in others.items() if not own & set(Path(os.path.realpath(path)).parents)}
         self.shards: dict[str, SafetensorsFile] = {}  # a dense file -> its copy
         shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
         self.partial.mkdir(parents=True)

@@ -33,11 +33,21 @@ def model_of(kind: str, dtype=torch.float32):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            parameter.data += 0.2 * torch.randn_like(parameter)  # Gemma 3n would begin without its per-layer inputs
     return model.to(dtype).eval()
 
 
 def decoder_of(kind: str, dtype=torch.float32) -> Decoder:
     return Decoder(model_of(kind, dtype), CPU)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_perplexity_over_more_positions_than_the_tail_takes_at_a_time(kind):
+    windows, model = random_windows(2, 150), model_of(kind)
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None], use_cache=False).loss for window in windows]
+    assert perplexity(decoder_of(kind), windows) == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-4)
 
 
 def autograd_norms(decoder: Decoder, windows) -> dict[str, torch.Tensor]:

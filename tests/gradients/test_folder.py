@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_decoder
 
 from lib.gradients.folder import GradientNorms, GradientWriter, folder_of, key_of
+from lib.models import fingerprint
 
 
 def norms_of(decoder, i):
@@ -15,7 +16,7 @@ def norms_of(decoder, i):
 
 
 def check(path, decoder):
-    GradientNorms(path).check(len(decoder), decoder.shapes, decoder.fingerprint)
+    GradientNorms(path).check(decoder)
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def decoder():
 def folder(tmp_path, decoder):
     writer = GradientWriter(folder_of(str(tmp_path), 2, "l2", "hub/tiny-llama/"))
     for i in reversed(range(3)):
-        writer.write_block(i, norms_of(decoder, i), decoder.fingerprint(i))
+        writer.write_block(i, norms_of(decoder, i), fingerprint.of_block(decoder, i))
     writer.finish({"norm": "l2", "scale": 100.0, "model": "hub/tiny-llama"})
     return writer.folder
 
@@ -89,7 +90,7 @@ def test_nothing_there(tmp_path):
 
 def test_an_unfinished_folder_has_another_name(tmp_path, decoder):
     writer = GradientWriter(tmp_path / "g")
-    writer.write_block(0, norms_of(decoder, 0), decoder.fingerprint(0))
+    writer.write_block(0, norms_of(decoder, 0), fingerprint.of_block(decoder, 0))
     assert not (tmp_path / "g").exists()
 
 
@@ -145,14 +146,14 @@ def test_what_is_not_finite_is_not_stored(tmp_path, decoder, value, dtype):
     norms = norms_of(decoder, 1)
     norms["mlp.up_proj"][3, 4] = value
     with pytest.raises(ValueError, match=r"mlp\.up_proj_layer_1 holds NaN or infinity.*--scale"):
-        GradientWriter(tmp_path / "g", dtype).write_block(1, norms, decoder.fingerprint(1))
+        GradientWriter(tmp_path / "g", dtype).write_block(1, norms, fingerprint.of_block(decoder, 1))
 
 
 def test_what_float16_cannot_hold_is_counted(tmp_path, decoder):
     norms = norms_of(decoder, 0)
     norms["mlp.up_proj"][0, :3] = torch.tensor([1e9, 1e-12, 0.0])
     writer = GradientWriter(tmp_path / "g")
-    writer.write_block(0, norms, decoder.fingerprint(0))
+    writer.write_block(0, norms, fingerprint.of_block(decoder, 0))
     assert (writer.underflow, writer.overflow) == (1, 1)
     writer.finish({"scale": 100.0})
     assert GradientNorms(tmp_path / "g").block(0)["mlp.up_proj"][0, 0] == 65504

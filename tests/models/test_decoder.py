@@ -6,7 +6,7 @@ import transformers
 from conftest import SMALL, TINY, random_windows, tiny_decoder, tiny_model
 
 from lib.models import decoder as decoder_module
-from lib.models import loading
+from lib.models import fingerprint, loading
 from lib.models.decoder import Decoder
 
 
@@ -80,10 +80,10 @@ def test_a_quantised_checkpoint_is_refused_by_its_config(tmp_path):
 
 
 def test_the_fingerprint_knows_the_model_and_not_the_dtype():
-    exact, rounded = tiny_decoder().fingerprint(1), tiny_decoder(dtype=torch.bfloat16).fingerprint(1)
+    exact, rounded = fingerprint.of_block(tiny_decoder(), 1), fingerprint.of_block(tiny_decoder(dtype=torch.bfloat16), 1)
     assert exact.keys() == tiny_decoder().linears(1).keys()
     for name, values in exact.items():
-        assert values.shape == (decoder_module.FINGERPRINT_VALUES,)
+        assert values.shape == (fingerprint.VALUES,)
         assert torch.allclose(values, rounded[name], rtol=2**-8, atol=0)
 
 

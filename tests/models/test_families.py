@@ -10,7 +10,7 @@ from test_walk import ours
 from tiny_configs import TYPES, tiny_model
 
 from lib import parallel
-from lib.models import loading
+from lib.models import checks, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import prune
@@ -113,7 +113,7 @@ def test_what_cannot_run_block_by_block_is_refused(kind, message):
 
 def test_what_stays_dense_is_named_with_its_share():
     decoder = Decoder(tiny_model("mamba"), CPU)
-    shares = decoder.dense()
+    shares = checks.dense_shares(decoder)
     assert set(shares) == {"mixer.A_log", "mixer.conv1d.weight"}
     weights = sum(parameter.numel() for parameter in decoder.blocks.parameters())
     a_log = sum(block.mixer.A_log.numel() for block in decoder.blocks)

@@ -255,3 +255,25 @@ def test_fused_tensors_are_carried_back_to_the_files_they_came_from(model, tmp_p
         assert torch.equal(tensors[name], value), name
         for key, back in tensors.carried_back(tensors.group_of[name].first, state).items():
             assert torch.equal(back, checkpoint[key]), key
+
+
+@pytest.mark.parametrize("place", [".cache/huggingface/hub/models--a--b/snapshots/0", ".git/x", "plain"])
+def test_wherever_the_dense_folder_lies(place, tmp_path):
+    """The hub's own cache is in ~/.cache, and what a folder has in such folders of its own is no part of the model."""
+    dense = tmp_path / place
+    dense.parent.mkdir(parents=True, exist_ok=True)
+    make(sharded, dense)
+    expected = contents(dense)
+    for inside in (".cache/huggingface/download/config.json.metadata", ".git/config"):
+        (dense / inside).parent.mkdir(parents=True)
+        (dense / inside).write_text("not the model's")
+    pruned_to(tmp_path / "pruned", dense, 0.5)
+    assert set(contents(tmp_path / "pruned")) == set(expected) - set(FOREIGN)
+
+
+def test_a_checkpoint_inside_the_dense_folder_is_no_part_of_it(tmp_path):
+    dense = make(sharded, tmp_path / "dense")
+    before = contents(dense)
+    for _ in range(2):
+        pruned_to(dense / "pruned", dense, 0.5)
+    assert set(contents(dense / "pruned")) == set(before) - set(FOREIGN)

@@ -1,0 +1,91 @@
+"""What a model must be to be pruned here: its blocks mostly matrices, and to be run one by one."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lib.models.weights import kind_of
+
+if TYPE_CHECKING:
+    from lib.models.decoder import Decoder
+
+MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
+TOLERANCE = {torch.float32: 1e-3}  # of a few tokens' loss, relative; in 16 bits:
+TOLERANCE_16 = 0.03
+
+
+def require_prunable(decoder: "Decoder") -> float:
+    """The share of the blocks' weights that can be pruned; ValueError if that is less than half of them."""
+    prunable = total = 0
+    largest = ("", torch.empty(0))
+    for i, name, parameter, can_be in _parameters(decoder):
+        total += parameter.numel()
+        if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
+            raise ValueError(
+                f"{decoder.prefixes[i]}{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
+                "was made from"
+            )
+        if can_be:
+            prunable += parameter.numel()
+        elif parameter.numel() > largest[1].numel():
+            largest = (f"{decoder.prefixes[i]}{name}", parameter)
+    if prunable < MINIMUM_SHARE * total:
+        raise ValueError(
+            f"only {prunable / total:.0%} of the weights in the blocks of {type(decoder.model).__name__} belong to matrix products "
+            f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
+        )
+    return prunable / total
+
+
+@torch.no_grad()
+def require_runs_alone(decoder: "Decoder") -> None:
+    """Compare a few tokens' loss of the model's forward with that of its blocks run one by one; only head and tail are
+    tried of a model whose blocks are not in memory.
+
+    Raises:
+        ValueError: they differ, or the model cannot be run on text alone.
+    """
+    try:
+        tokens = decoder.probe()
+        state = decoder.enter(tokens)
+        for i in range(len(decoder) if decoder.source is None else 0):
+            decoder.advance(i, [state])
+        alone, _ = decoder.tail(state.hidden, tokens, positions=tokens.shape[1] // 2)
+        if decoder.source is None:
+            whole = decoder.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            tolerance = TOLERANCE.get(decoder.model.dtype, TOLERANCE_16)
+            if abs(alone - whole) > tolerance * whole.abs().clamp(min=1):  # not if one of them is NaN: weights may be
+                raise ValueError(f"their loss is {alone:.4f}, that of the whole model {whole:.4f}")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code of two hundred models raises all there is
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the blocks of {type(decoder.model).__name__} cannot be run one by one on text: {said}") from error
+
+
+def dense_shares(decoder: "Decoder") -> dict[str, float]:
+    """{name, with "*" for numbers: share of the blocks' weights} of matrices and larger tensors that stay dense by their
+    nature, the largest first."""
+    shares: Counter[str] = Counter()
+    total = 0
+    for _, name, parameter, prunable in _parameters(decoder):
+        total += parameter.numel()
+        if parameter.ndim > 1 and not prunable:
+            shares[kind_of(name)] += parameter.numel()
+    return {name: count / total for name, count in shares.most_common()}
+
+
+def _parameters(decoder: "Decoder") -> Iterator[tuple[int, str, nn.Parameter, bool]]:
+    """(block, name inside it, parameter, whether it can be pruned) of all of them, those of several blocks once."""
+    shared: set[str] = set()
+    for i, block in enumerate(decoder.blocks):
+        own = {matrix.tensor_name for matrix in decoder.linears(i).values()}
+        for name, parameter in block.named_parameters():
+            if decoder.prefixes[i] + name in decoder.several:
+                if kind_of(name) in shared:
+                    continue
+                shared.add(kind_of(name))
+            yield i, name, parameter, name in own
