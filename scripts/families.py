@@ -43,6 +43,21 @@ from lib.pruning.selection import select
 SAMPLES, LENGTH, SCALE = 3, 12, 100.0
 TOLERANCE = 1e-4
 SECONDS = 300  # that a type may take
+LACKS = {  # of types that are not made
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "keys and values of its own: it reads a Gemma 4's, as it drafts for it",
+    ),
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"), "text as its input: it is a decoder of sound that stands behind a text encoder"
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "fast_vlm", "perception_lm"), "the package timm, for its vision tower (with it, gemma3n works)"
+    ),
+    "inkling_mm_model": "the package scipy",
+    "evolla": "a class that transformers' automatic ones know",
+    "florence2": "a decoder alone: it is an encoder-decoder",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -65,7 +80,8 @@ def check(kind: str, **changes) -> str:
         try:
             tiny_model(kind, **changes).save_pretrained(dense)
         except Exception as error:  # of transformers, each family its own
-            raise NotMade(f"transformers makes no tiny model of it alone: {in_one_line(error)}") from error
+            said = LACKS.get(kind) or f"a config that this script can make: {in_one_line(error)}"
+            raise NotMade(f"it lacks {said}") from error
         try:
             loading.outline(str(dense))
             decoder = load(dense)
@@ -162,7 +178,8 @@ def naive_wanda(dense: nn.Module, decoder: Decoder, windows: torch.Tensor) -> No
             if name not in inputs.squares and not any(kind_of(other) == kind_of(name) for other in inputs.squares):
                 continue  # takes no part in the forward
             norm = (squares / len(windows)).sqrt()
-            score = weight.abs() * (norm if name in inputs.squares else 1.0)  # an expert without tokens: by magnitude
+            reached = norm.any() or kind_of(name) == name
+            score = weight.abs() * (norm if reached else 1.0)  # an expert without tokens: by magnitude
             order = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
             masks[name] = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
         for name, mask in masks.items():
@@ -250,11 +267,17 @@ def page(found: dict[str, dict[str, tuple[str, str]]]) -> str:
     lines = [
         "# Families",
         "",
-        f"What this project does with a tiny random model of every type of language model that transformers {transformers.__version__} ",
-        "registers. *Works*: block by block, loss and gradients are those of autograd on the whole model (within 1e-4); Wanda's masks",
-        "are those of a naive restatement; read from its files block by block, a model is pruned to the very same weights; the",
-        "checkpoint has the dense one's names, and plain transformers gives the pruned model's logits with it. *Share*: of the",
-        "weights in the (tiny) blocks, what can be pruned; the rest is no matrix product, or routes tokens to experts, and stays dense.",
+        "What this project does with a tiny random model of every type of language model that transformers",
+        f"{transformers.__version__} registers.",
+        "",
+        "- *Works*: block by block, loss and gradients are those of autograd on the whole model (within 1e-4);",
+        "  Wanda's masks are those of a naive restatement; read from its files block by block, a model is pruned to",
+        "  the very same weights; the checkpoint has the dense one's names, and plain transformers gives the pruned",
+        "  model's logits with it. The number is the share of the (tiny) blocks' weights that can be pruned: the rest",
+        "  is no matrix product, or routes tokens to experts, and stays dense.",
+        "- *Refused*: in this one line, before any work. Encoders are, and decoders whose `labels` are not shifted by",
+        '  one, for their loss is not the next token\'s: "their loss is ... that of the whole model ...".',
+        "- *Not made*: what is lacking for a tiny model of it alone.",
         "",
         "Written by `python scripts/families.py --output docs/families.md`.",
     ]

@@ -126,14 +126,20 @@ def _follow(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, chain
         marks.extend((mark, (i, position)) for position, mark in enumerate(rest, 1))
         return chain.output(last[0], rest)
 
-    _forward(model, blocks, tokens, note)
+    # To its end: what a model takes from a single block shows in what comes after it.
+    output = _forward(model, blocks, tokens, note, to_the_end=True)
     if not chain.run:
         raise ValueError("the forward runs none of them")
+    if output.logits.ndim != 3:
+        raise ValueError(f"logits of shape {tuple(output.logits.shape)} come of what its blocks return")
     return chain
 
 
-def _forward(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, note: Callable) -> None:
-    """Run a model up to its last block, every block's forward being `note(number, hidden, other arguments by name)`."""
+def _forward(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, note: Callable, to_the_end: bool = False):
+    """Run a model up to its last block, every block's forward being `note(number, hidden, other arguments by name)`.
+
+    Returns what the model does, if it goes on after that block.
+    """
 
     def noting(i: int, block: nn.Module):
         names = [parameter.name for parameter in signature(type(block).forward).parameters.values()][1:]  # without self
@@ -141,7 +147,7 @@ def _forward(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, note
         def forward(*args, **kwargs):
             bound = dict(zip(names, args, strict=False)) | kwargs
             output = note(i, bound.pop(names[0]), bound)
-            if i + 1 == len(blocks):
+            if i + 1 == len(blocks) and not to_the_end:
                 raise _Recorded
             return output
 
@@ -149,6 +155,6 @@ def _forward(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, note
 
     with replaced(blocks, [noting(i, block) for i, block in enumerate(blocks)]):
         try:
-            model(input_ids=tokens, use_cache=False)
+            return model(input_ids=tokens, use_cache=False)
         except _Recorded:
-            pass
+            return None

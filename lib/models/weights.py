@@ -87,7 +87,7 @@ def matrices_of(block: nn.Module) -> dict[str, Matrix]:
                     matrices += [Matrix(f"{prefix}{e}.{name}", module, name, e, transposed) for e in range(len(parameter))]
                 elif parameter.ndim == 2 and name == "weight" and "Router" in type(module).__name__:
                     matrices.append(Matrix(path, module, name, router=True))
-    return {matrix.name: matrix for matrix in matrices}
+    return {matrix.name: matrix for matrix in matrices if matrix.shape.numel()}  # a part that a config turns off may have none
 
 
 @contextmanager
@@ -168,15 +168,16 @@ class _Watch(TorchFunctionMode):
         if matrix.transposed != (inputs_first != flipped):
             where = f"{type(matrix.module).__name__}.{matrix.parameter}"
             raise ValueError(f"{where} is stored the other way round than thought: weights.TRANSPOSED has to say so")
-        if self.seen is not None:
-            for one in stack or [matrix]:
-                shared = not stack or inputs.ndim < 3 or len(inputs) == 1
-                self.seen(one.name, inputs if shared else inputs[one.index])
+        rows = _rows(inputs) if stack else None
+        some = None if rows is None else rows.flatten(1).any(dim=1).tolist()
+        reached = [one for one in stack or [matrix] if some is None or some[one.index]]
+        for one in reached if self.seen is not None else ():
+            self.seen(one.name, inputs if rows is None else inputs[one.index][rows[one.index]])
         if self.leaves is None or matrix.index is None:
             return weight
         if stack:
             parts = list(getattr(matrix.module, matrix.parameter).detach().unbind())
-            for one in stack:
+            for one in reached:
                 parts[one.index] = self._leaf(one)
             own = torch.stack(parts)
         else:
@@ -188,6 +189,14 @@ class _Watch(TorchFunctionMode):
         if matrix.name not in self.leaves:
             self.leaves[matrix.name] = matrix.stored.requires_grad_()
         return self.leaves[matrix.name]
+
+
+def _rows(inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which inputs (E, T, in) of a whole stack are its matrices' own, (E, T); None if all matrices share theirs.
+
+    Those of tokens that were sent to other experts are zeros, as in Llama 4: an expert that has no others was not reached.
+    """
+    return None if inputs.ndim < 3 or len(inputs) == 1 else inputs.detach().any(dim=-1)
 
 
 _PRODUCTS = {

@@ -16,7 +16,7 @@ from lib.pruning.activations import ActivationNorm
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
 from lib.pruning.reconstruction import reconstruct
 from lib.pruning.selection import Targets, select
-from lib.pruning.statistics import collect
+from lib.pruning.statistics import collect, point_out
 from lib.pruning.update import PUBLISHED, Recipe
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,6 @@ METHODS = {
     "gblm": Method(scores.gblm, scores.gblm_inverse, statistic=ActivationNorm, gradients=True, variant=True),
     "sparsegpt": Method(statistic=sparsegpt.Hessian),
 }
-
-SHOWN = 5  # names in a log line
 
 
 class Choice:
@@ -217,10 +215,8 @@ def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: d
     experts, dense = idle(linears, met & felt)
     # An expert with inputs is scored by them, even if no gradient came back to it.
     experts = {name for name in experts if not (statistics and name in met)}
-    for names, what in ((experts, "had no calibration tokens, they are pruned by magnitude"), (dense, _IDLE)):
-        if names:
-            shown = ", ".join(sorted(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
-            logger.warning("%d of %d matrices in %s %s: %s", len(names), len(linears), prefix.removesuffix("."), what, shown)
+    point_out(prefix, experts, len(linears), "had no calibration tokens, they are pruned by magnitude")
+    point_out(prefix, dense, len(linears), "do not take part in the forward pass or in the loss, they stay dense")
     return experts, set(dense)
 
 
@@ -254,9 +250,6 @@ def _tell(i: int, errors: dict[str, torch.Tensor]) -> Errors:
         said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
     logger.info("%s %s", said[0], ", ".join(said[1:]))
     return {name: tuple(pair) for name, pair in numbers.items()}
-
-
-_IDLE = "do not take part in the forward pass or in the loss, they stay dense"
 
 
 def _remedy(rule: Method, recipe: Recipe) -> str:

@@ -1,13 +1,20 @@
 """Statistics of the inputs of a block's linears, over the samples of all processes."""
 
+import logging
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 
 from lib import parallel
 from lib.models.decoder import Decoder, State
-from lib.models.weights import Matrix
+from lib.models.weights import Matrix, kind_of
 from lib.pruning.activations import observe
+
+logger = logging.getLogger(__name__)
+
+FEW_TOKENS = 64  # the statistics of an expert that fewer reach say little
+SHOWN = 5  # names in a log line
 
 
 def collect(
@@ -32,4 +39,13 @@ def collect(
     tokens = Counter()
     for of_rank in everywhere:
         tokens.update({name: count for name, (_, count) in of_rank.items()})
+    few = [name for name in linears if kind_of(name) != name and 0 < tokens[name] < FEW_TOKENS]
+    point_out(decoder.prefixes[i], few, len(linears), f"had fewer than {FEW_TOKENS} calibration tokens")
     return {name: observed[name].result(nsamples) if tokens[name] else None for name in linears}
+
+
+def point_out(prefix: str, names: Collection[str], count: int, what: str) -> None:
+    """Say what holds for `names` of a block's `count` matrices, if any."""
+    if names:
+        shown = ", ".join(sorted(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+        logger.warning("%d of %d matrices in %s %s: %s", len(names), count, prefix.removesuffix("."), what, shown)

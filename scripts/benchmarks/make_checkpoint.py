@@ -1,49 +1,88 @@
-"""Write a LLaMA-shaped checkpoint with random weights, to try memory and speed at a size without downloading it.
+"""Write a checkpoint of a known shape with random weights, to try memory and speed at a size without downloading it.
 
     python scripts/benchmarks/make_checkpoint.py big/Llama-2-7b-shaped
+    python scripts/benchmarks/make_checkpoint.py big/Qwen3-30B-A3B-shaped --shape qwen3-30b-a3b --blocks 6
 
-Defaults: the shape of LLaMA-2-7B, bfloat16, 13.5 GB. A block is made, written and dropped, so the script needs the memory of
-one block. The tokenizer splits text into bytes. Perplexities of such a model mean nothing.
+In bfloat16: LLaMA-2-7B has 13.5 GB, Qwen3-30B-A3B 1.2 GB and as much again for every block. A block is made, written and
+dropped, so the script needs the memory of one block. The tokenizer splits text into bytes. Perplexities of such a model mean
+nothing.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+
+SHAPES = {
+    "llama-2-7b": (
+        LlamaConfig,
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
+    ),
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig,
+        {
+            "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+            "vocab_size": 151936,
+        },
+    ),
+}  # fmt: skip
+
+
+def tensors_of_files(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """(name, shape) of the tensors that files of the hub have: of a mixture, every expert's own."""
+    for name, tensor in model.state_dict().items():
+        owner, _, kind = name.rpartition(".experts.")
+        if not owner:
+            yield name, tensor.shape
+            continue
+        for e in range(len(tensor)):
+            for part in ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,):
+                rows = tensor.shape[1] // 2 if kind == "gate_up_proj" else tensor.shape[1]
+                yield f"{owner}.experts.{e}.{part}.weight", torch.Size((rows, tensor.shape[2]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="to be made")
-    parser.add_argument("--hidden", type=int, default=4096, help="size of a hidden state (default: %(default)s)")
-    parser.add_argument("--intermediate", type=int, default=11008, help="width of the MLP (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=32, help="decoder blocks (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=32, help="attention heads (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="tokens (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="of this model (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, help="size of a hidden state (default: the model's)")
+    parser.add_argument("--intermediate", type=int, help="width of the MLP, or of an expert (default: the model's)")
+    parser.add_argument("--blocks", type=int, help="decoder blocks (default: the model's)")
+    parser.add_argument("--heads", type=int, help="attention heads (default: the model's)")
+    parser.add_argument("--vocabulary", type=int, help="tokens (default: the model's)")
     parser.add_argument("--device", default="cpu", help="draws the random numbers; a GPU is faster (default: %(default)s)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
 
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.blocks,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.heads,
-        max_position_embeddings=4096,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(args.folder)
+    made, sizes = SHAPES[args.shape]
+    sizes = dict(sizes)
+    width = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
+    for key, size in {
+        "hidden_size": args.hidden,
+        width: args.intermediate,
+        "num_hidden_layers": args.blocks,
+        "num_attention_heads": args.heads,
+        "vocab_size": args.vocabulary,
+    }.items():
+        if size is not None:
+            sizes[key] = size
+    if args.heads is not None and "num_key_value_heads" not in SHAPES[args.shape][1]:
+        sizes["num_key_value_heads"] = args.heads
+    config = made(**sizes, max_position_embeddings=4096, dtype="bfloat16")
     with init_empty_weights():
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(args.folder)
+    shapes = dict(tensors_of_files(model))
     shards: dict[str, list[str]] = {}
     for name in shapes:
         block = name.split(".")[2] if ".layers." in name else "rest"

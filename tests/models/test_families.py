@@ -23,12 +23,21 @@ NEEDED = {
     *MIXTURES, *HYBRIDS, *OTHERS, "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "llama4_text", "glm4_moe", "olmoe", "granitemoehybrid",
     "phimoe", "falcon_mamba", "lfm3", "olmo_hybrid", "gemma3_text", "gemma3n_text", "gemma4",
 }  # fmt: skip
+UNUSUAL = [
+    ("afmoe", {"num_shared_experts": 0}),  # linears of no outputs
+    ("falcon_h1", {"num_hidden_layers": 1}),  # a tuple, and no next block to take it
+]
 THREE = ["qwen3_moe", "qwen3_next", "gemma3"]  # a mixture, a hybrid, a wrapper
 
 
 @pytest.mark.parametrize("kind", MIXTURES + HYBRIDS + OTHERS)
 def test_a_family_is_pruned_and_differentiated_right(kind):
     families.check(kind)
+
+
+@pytest.mark.parametrize("kind, changes", UNUSUAL, ids=str)
+def test_unusual_configs_too(kind, changes):
+    families.check(kind, **changes)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Mixtures of experts: masks of every expert against a naive loop over experts, and experts that no token reaches."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -14,12 +15,31 @@ from lib.pruning.prune import METHODS, prune, share_of_zeros
 from lib.pruning.selection import select
 
 N, EXPERTS = 6, 8
-MIXTURES = ("mixtral", "gpt_oss")  # (E, out, in), and (E, in, out) with biases
+MIXTURES = {  # what makes a tiny model of 8 experts in every block, and whether a stack is (E, in, out)
+    "mixtral": ({"num_local_experts": EXPERTS}, False),
+    "gpt_oss": ({"num_local_experts": EXPERTS}, True),  # with biases
+    "llama4_text": (
+        {"num_local_experts": EXPERTS, "num_experts_per_tok": 3},
+        True,
+    ),  # all experts at once, zeros for other experts' tokens
+    "qwen3_moe": ({"num_experts": EXPERTS}, False),
+    "deepseek_v3": ({"n_routed_experts": EXPERTS, "first_k_dense_replace": 0}, False),
+}
+RULES = [(name, False) for name in METHODS] + [("gradient", True), ("gblm", True)]
+FEW = [("wanda", False, "2:4"), ("gblm", False, "unstructured"), ("sparsegpt", False, "4:8")]
+CASES = [
+    (kind, *rule, pattern) for kind in ("mixtral", "gpt_oss") for rule in RULES for pattern in ("unstructured", "2:4", "4:8")
+]
+CASES += [(kind, *few) for kind in ("llama4_text", "qwen3_moe", "deepseek_v3") for few in FEW]
 
 
 def decoder_of(kind: str) -> Decoder:
-    model = tiny_model(kind, num_local_experts=EXPERTS, num_hidden_layers=2)
+    model = tiny_model(kind, num_hidden_layers=2, **MIXTURES[kind][0])
     return Decoder(model.to(DEVICE), DEVICE)
+
+
+def experts_of(block) -> tuple[str, torch.nn.Module]:
+    return next((name, module) for name, module in block.named_modules() if name.endswith(".experts"))
 
 
 def gradients_of(decoder: Decoder, i: int) -> dict[str, torch.Tensor]:
@@ -27,10 +47,17 @@ def gradients_of(decoder: Decoder, i: int) -> dict[str, torch.Tensor]:
     return {name: torch.rand(matrix.shape, generator=generator) for name, matrix in decoder.linears(i).items()}
 
 
-def routed(block, windows, model) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per window: (hidden states that enter the experts (T, H), the experts chosen for each (T, k))."""
+def routed(block, windows, model) -> list[list[torch.Tensor]]:
+    """Per window and expert, the hidden states that are sent to it: (tokens, H)."""
     found = []
-    handle = block.mlp.experts.register_forward_pre_hook(lambda module, args: found.append((args[0], args[1])))
+
+    def note(module, args):
+        if len(args) > 1:  # (T, H) and the experts chosen for each, (T, k)
+            found.append([args[0][(args[1] == e).any(dim=-1)] for e in range(EXPERTS)])
+        else:  # (E * T, H), already multiplied with what the router gives, 0 where it chose others
+            found.append([own[own.abs().sum(dim=-1) > 0] for own in args[0].chunk(EXPERTS)])
+
+    handle = experts_of(block)[1].register_forward_pre_hook(note)
     for window in windows:
         model(input_ids=window[None], use_cache=False)
     handle.remove()
@@ -38,13 +65,14 @@ def routed(block, windows, model) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def inputs_of_expert(kind, experts, e, hidden) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the two matrices of an expert are multiplied with, by the formulas of the two architectures."""
-    if kind == "mixtral":
-        gate, up = (hidden @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
-        return hidden, torch.nn.functional.silu(gate) * up
-    gate_up = hidden @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
-    gate, up = gate_up[:, ::2].clamp(max=experts.limit), gate_up[:, 1::2].clamp(-experts.limit, experts.limit)
-    return hidden, (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+    """What the two matrices of an expert are multiplied with, by the formulas of the architectures."""
+    gate_up = hidden @ (experts.gate_up_proj[e] if MIXTURES[kind][1] else experts.gate_up_proj[e].T)
+    if kind == "gpt_oss":
+        gate_up = gate_up + experts.gate_up_proj_bias[e]
+        gate, up = gate_up[:, ::2].clamp(max=experts.limit), gate_up[:, 1::2].clamp(-experts.limit, experts.limit)
+        return hidden, (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return hidden, torch.nn.functional.silu(gate) * up
 
 
 def naive_weight(weight, inputs, gradient, method, inverse, sparsity):
@@ -70,9 +98,7 @@ def naive_weight(weight, inputs, gradient, method, inverse, sparsity):
     return weight.masked_fill(mask, 0)
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
-@pytest.mark.parametrize("method, inverse", [(name, False) for name in METHODS] + [("gradient", True), ("gblm", True)])
+@pytest.mark.parametrize("kind, method, inverse, pattern", CASES)
 def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, inverse, pattern):
     sparsity, windows = Sparsity.parse(pattern, 0.4 if pattern == "unstructured" else None), random_windows(N, 24)
     decoder, dense = decoder_of(kind), decoder_of(kind)
@@ -86,15 +112,15 @@ def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, in
         gradient_inv=inverse,
     )
     pruned, gradients = decoder.linears(0), gradients_of(dense, 0)
-    experts = dense.blocks[0].mlp.experts
+    path, experts = experts_of(dense.blocks[0])
     for e in range(EXPERTS):
-        tokens = [hidden[(chosen == e).any(dim=-1)] for hidden, chosen in reached]
+        tokens = [of_experts[e] for of_experts in reached]
         assert sum(map(len, tokens)) > 10  # otherwise this says little
         pairs = [inputs_of_expert(kind, experts, e, hidden) for hidden in tokens]
         for k, parameter in enumerate(("gate_up_proj", "down_proj")):
-            name = f"mlp.experts.{e}.{parameter}"
+            name = f"{path}.{e}.{parameter}"
             stored = getattr(experts, parameter)[e]
-            weight = stored if kind == "mixtral" else stored.T
+            weight = stored.T if MIXTURES[kind][1] else stored
             expected = naive_weight(weight, [pair[k] for pair in pairs], gradients[name], method, inverse, sparsity)
             found = pruned[name].weight
             same = (found == 0) == (expected == 0)
@@ -107,18 +133,21 @@ def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, in
                 assert torch.equal(found[found != 0], weight[found != 0])
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "llama4_text"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(method, pattern, caplog):
+def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(kind, method, pattern, caplog):
     caplog.set_level(logging.WARNING)
     sparsity, windows = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None), random_windows(1, 3)
-    decoder, dense = decoder_of("mixtral"), decoder_of("mixtral")
-    chosen = routed(dense.blocks[0], windows, dense.model)[0][1].unique().tolist()  # of 3 tokens, at most 6 of 8 experts
+    decoder, dense = decoder_of(kind), decoder_of(kind)
+    reached = routed(dense.blocks[0], windows, dense.model)[0]
+    chosen = [e for e in range(EXPERTS) if len(reached[e])]  # of 3 tokens, at most 6 of 8 experts
+    path, experts = experts_of(dense.blocks[0])
 
     def gradients(i):
         norms = gradients_of(decoder, i)
         for name in norms if i == 0 else ():
-            if ".experts." in name and int(name.split(".")[2]) not in chosen:
+            if name.startswith(path) and int(name.split(".")[2]) not in chosen:
                 norms[name].zero_()
         return norms
 
@@ -126,13 +155,16 @@ def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(method, pa
     assert share_of_zeros({0: zeros[0]}) == pytest.approx(0.5, abs=0.01)
     if method != "magnitude":
         assert f"{2 * (EXPERTS - len(chosen))} of " in caplog.text and "had no calibration tokens" in caplog.text
+    if METHODS[method].statistic:
+        assert re.search(rf"{2 * len(chosen)} of \d+ matrices in .*\.0 had fewer than \d+ calibration tokens", caplog.text)
     for e in set(range(EXPERTS)) - set(chosen):
         for parameter in ("gate_up_proj", "down_proj"):
-            weight = getattr(dense.blocks[0].mlp.experts, parameter)[e]
-            groups = weight.abs().view(-1, sparsity.m or weight.shape[1])
+            weight = getattr(experts, parameter)[e]
+            weight = weight.T if MIXTURES[kind][1] else weight
+            groups = weight.abs().reshape(-1, sparsity.m or weight.shape[1])
             order = groups.sort(dim=1, stable=True).indices[:, : groups.shape[1] // 2]
             expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(weight.shape)
-            found = decoder.linears(0)[f"mlp.experts.{e}.{parameter}"].weight == 0
+            found = decoder.linears(0)[f"{path}.{e}.{parameter}"].weight == 0
             if method == "magnitude" and not sparsity.m:  # its group is the whole matrix
                 assert found.float().mean() == pytest.approx(0.5, abs=0.01)
             else:
