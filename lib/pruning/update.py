@@ -8,7 +8,7 @@ import torch
 from lib.pruning import admm, least_squares, sparsegpt
 
 UPDATES = ("none", "obs", "lsq")
-POLISH_STEPS = 5  # of conjugate gradients behind the stages, whose weights are near the solution already
+POLISH_STEPS = 3  # of conjugate gradients behind the stages, whose weights are near the solution already
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Recipe:
 
 
 PUBLISHED = Recipe()  # survivors keep their bits, but for SparseGPT's
-RECIPES = {"best": Recipe("lsq", stages=8, epochs=1), "max": Recipe("lsq", stages=8, epochs=6)}  # docs/checking_numbers.md
+RECIPES = {"best": Recipe("lsq", stages=4, epochs=1), "max": Recipe("lsq", stages=8, epochs=6)}  # docs/checking_numbers.md
 
 
 def shares(stages: int) -> list[float]:
