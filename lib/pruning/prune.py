@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.models.decoder import Decoder
-from lib.models.weights import Matrix, idle
+from lib.models.weights import Matrix, idle, kind_of
 from lib.pruning import scores, sparsegpt, update
 from lib.pruning.activations import ActivationNorm
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
@@ -156,7 +156,7 @@ def prune(
             decoder.advance(i, dense)
             statistics = collect(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
-            experts, unused = _unknown(decoder.prefixes[i], chosen, statistics, norms)
+            experts, unused = _unknown(decoder.prefixes[i], chosen, linears, statistics, norms)
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
             errors: dict[str, torch.Tensor] = {}
             for name, linear in chosen.items():
@@ -207,12 +207,15 @@ def share_of_zeros(zeros: Zeros) -> float:
     return sum(zero for zero, _ in counts) / sum(total for _, total in counts)
 
 
-def _unknown(prefix: str, linears: dict[str, Matrix], statistics: dict, norms: dict) -> tuple[set[str], set[str]]:
+def _unknown(
+    prefix: str, linears: dict[str, Matrix], block: dict[str, Matrix], statistics: dict, norms: dict
+) -> tuple[set[str], set[str]]:
     """Of the linears of a block that the method knows too little of: experts that no calibration token reached, to be pruned
     by magnitude like all of their kind, and those that stay dense, for they do not take part in the forward or the loss."""
     met = {name for name in linears if statistics.get(name) is not None} if statistics else set(linears)
     felt = {name for name in linears if _any(norms[name])} if norms else set(linears)
-    experts, dense = idle(linears, met & felt)
+    apart = block.keys() - linears.keys()  # of these nothing is known: an expert beside them may well be in use
+    experts, dense = idle(linears, (met & felt) | {name for name in apart if kind_of(name) != name})
     # An expert with inputs is scored by them, even if no gradient came back to it.
     experts = {name for name in experts if not (statistics and name in met)}
     point_out(prefix, experts, len(linears), "had no calibration tokens, they are pruned by magnitude")

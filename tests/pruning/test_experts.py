@@ -171,6 +171,25 @@ def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(kind, meth
                 assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("method", ["wanda", "gradient", "sparsegpt"])
+def test_an_expert_without_tokens_chosen_alone_is_pruned(method, caplog):
+    """Nothing says then whether others of its kind are in use: it is not one that the forward leaves out."""
+    caplog.set_level(logging.WARNING)
+    decoder, windows = decoder_of("mixtral"), random_windows(1, 3)
+    reached = routed(decoder.blocks[0], windows, decoder.model)[0]
+    idle = next(e for e in range(EXPERTS) if not len(reached[e]))
+    chosen = select(decoder, Sparsity(0.5), include=[f"*.0.*.experts.{idle}.*"])
+
+    def nothing(i):
+        return {name: torch.zeros(matrix.shape) for name, matrix in decoder.linears(i).items()}
+
+    zeros = prune(decoder, windows, method=method, sparsity=chosen, gradients=nothing)
+    for parameter in ("gate_up_proj", "down_proj"):
+        zero, total = zeros[0][f"mlp.experts.{idle}.{parameter}"]
+        assert zero / total == pytest.approx(0.5, abs=0.01)
+    assert "had no calibration tokens, they are pruned by magnitude" in caplog.text
+
+
 def test_one_expert_and_routers_are_chosen_by_name():
     decoder, half = decoder_of("mixtral"), Sparsity(0.5)
     chosen = select(decoder, half, include=["*.experts.3.*"])
