@@ -155,18 +155,25 @@ def test_versions_are_those_of_the_requirements(page):
     assert [version for version in re.findall(r"\b[\w-]+==[\w.]+", page.read_text()) if version not in pinned] == []
 
 
+def cells(text: str) -> list[list[str]]:
+    """The rows of the tables in a text, the two of each head included."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_figures_of_the_readme_are_the_model_zoos():
-    table = (ROOT / "README.md").read_text().split("\n## Results")[1].split("\n## ")[0]
-    zoo = (ROOT / "MODEL_ZOO.md").read_text().split("With seed 0:")[1].split("Three draws")[0]
-    measured = {}
-    for row in [line.split("|") for line in zoo.splitlines() if line.startswith("|")][2:]:
-        pattern, method, alpha, perplexity = (cell.strip() for cell in row[1:5])
-        if alpha in ("", "100"):
-            measured[method, pattern] = perplexity
-    assert f"dense {measured['dense', '']}" in table
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    for method, *values in rows[2:]:
+    published, updates = (ROOT / "README.md").read_text().split("\n## Results")[1].split("\n## ")[0].split("### Beyond")
+    zoo = (ROOT / "MODEL_ZOO.md").read_text()
+    rows = cells(zoo.split("With seed 0:")[1].split("Three draws")[0])[2:]
+    measured = {(method, pattern): found for pattern, method, alpha, found, *_ in rows if alpha in ("", "100")}
+    assert f"dense {measured['dense', '']}" in published
+    for method, *values in cells(published)[2:]:
         assert values == [measured[method, pattern] for pattern in ("unstructured", "4:8", "2:4")]
+    rows = cells(zoo.split("### Updates")[1].split("end of table")[0])[2:]
+    measured = {(method, pattern): found for pattern, _, method, found, *_ in rows}
+    assert f"dense {measured['dense', '']}" in updates and len(cells(updates)) == 6
+    for method, *values in cells(updates)[2:]:
+        method = method.replace(", `--recipe", "").replace("`", "")
+        assert values == [measured.get((method, pattern), "-") for pattern in ("unstructured", "2:4")]
 
 
 # Flags

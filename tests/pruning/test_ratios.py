@@ -29,7 +29,9 @@ def test_outliers_are_those_of_the_dense_model():
         for hook in hooks:
             hook.remove()
         scores = torch.cat([(matrix.weight.abs() * (sums[matrix.module] / 5).sqrt()).flatten() for matrix in linears.values()])
-        assert share == pytest.approx((scores > 5 * scores.mean()).float().mean().item(), abs=5e-4)  # two or three weights at the threshold
+        assert share == pytest.approx(
+            (scores > 5 * scores.mean()).float().mean().item(), abs=5e-4
+        )  # two or three weights at the threshold
     assert len(set(found)) > 1
 
 
