@@ -197,7 +197,7 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     method = METHODS[args.prune_method]
     if method.gradients and args.gradient_path is None:
         parser.error(f"--prune_method {args.prune_method} needs --gradient_path, a folder that gradient_computation.py wrote")
-    if args.gradient_inv and not method.gradients:
+    if args.gradient_inv and method.inverse is None:
         parser.error(f"--gradient_inv changes the gradient term, which {args.prune_method} does not have: leave it out")
     if args.alpha is not None and (method.score is not scores.gblm or args.gradient_inv):
         parser.error("--alpha is the weight of the gradient term that gblm adds: leave it out")
@@ -220,8 +220,15 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     except (ValueError, OSError) as error:
         parser.error(str(error))
     check_recipe(parser, args)
-    if args.layer_ratios == ratios.OWL and args.sparsity_type != "unstructured":
-        parser.error(f"--layer_ratios {ratios.OWL} gives every block a share of its own, {args.sparsity_type} is one for all")
+    if args.layer_ratios == ratios.OWL:
+        if args.sparsity_type != "unstructured":
+            parser.error(
+                f"--layer_ratios {ratios.OWL} gives every block a share of its own, {args.sparsity_type} is one for all"
+            )
+        if args.include or args.exclude or args.layer_no != -1:
+            parser.error(f"--layer_ratios {ratios.OWL} balances whole blocks: leave --include, --exclude and --layer_no out")
+        if args.sparsity.ratio > ratios.MOST:
+            parser.error(f"--layer_ratios {ratios.OWL} removes at most {ratios.MOST} of a block, not {args.sparsity.ratio:g}")
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":
@@ -554,7 +561,7 @@ def finish(run: Run) -> None:
     parallel.stop()
     if not first:
         return
-    if args.save_model and (run.asked or args.steps.epochs):  # else the folder is the dense one, its own card included
+    if args.save_model and run.targets:  # else the folder is the dense one, its own card included
         card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None)
     saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
     saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []

@@ -41,6 +41,11 @@ class Run:
     rho: float | None = None  # what it is worse than the dense model, in units of what SparseGPT is on the same samples
 
     @property
+    def trained(self) -> bool:
+        """Whether its blocks were."""
+        return bool(self.settings.get("reconstruct"))
+
+    @property
     def key(self) -> str:
         """Equal for runs that differ at most in their seeds."""
         return json.dumps(self.settings)
@@ -138,6 +143,8 @@ def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **mor
     """What a result depends on, without flags that are off: an older run does not know the newer ones."""
     own = {name: value for name, value in (flags | more).items() if name not in LEFT_OUT and value not in (None, False, [], "")}
     forms = [form for name, form in FORMS.items() if own.pop(name, False)]
+    if not own.get("reconstruct"):
+        own.pop("reconstruct_lr", None)  # of no training
     norm = re.search(r"_norm_(l\d)_", flags.get("gradient_path") or "")
     own |= {
         "model": Path(flags["model"]).name,
@@ -155,13 +162,15 @@ def _rho(run: Run, runs: Iterable[Run]) -> float | None:
     """(perplexity - dense) / (SparseGPT's - dense), of runs that differ in the method alone; None where one is not there."""
 
     def those(method: str, apart: tuple[str, ...]) -> list[Run]:
-        own = {name: value for name, value in run.settings.items() if name not in apart and value is not None}
-        alike = ({name: r.settings.get(name) for name in own} == own for r in runs)
-        return [r for r, is_alike in zip(runs, alike, strict=True) if is_alike and r.settings["method"] == method]
+        def rest(other: Run) -> dict[str, Any]:
+            return {name: value for name, value in other.settings.items() if name not in apart and value is not None}
+
+        return [other for other in runs if other.settings["method"] == method and rest(other) == rest(run)]
 
     how = ("method", "alpha", "norm", "layer_ratios", *UPDATES)
-    dense = [run.dense] if run.dense else [r.perplexity for r in those("dense", (*how, "pattern", "ratio"))]
-    reference = [r.perplexity for r in those("sparsegpt", how) if r.seed == run.seed]
+    dense = [run.dense] if run.dense else [other.perplexity for other in those("dense", (*how, "pattern", "ratio"))]
+    plain = [other for other in those("sparsegpt", how) if other.seed == run.seed and not other.settings.get("layer_ratios")]
+    reference = [other.perplexity for other in plain if other.settings.get("update") in (None, "none") and not other.trained]
     if not dense or not reference or run.settings["method"] == "dense" or reference[0] == dense[0]:
         return None
     return (run.perplexity - dense[0]) / (reference[0] - dense[0])

@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from lib.pruning import ratios, selection
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
 from lib.pruning.update import PUBLISHED, RECIPES
+
+# What makes two rows one; "steps" are the recipe's, which may be others one day.
+IDENTITY = ("method", "pattern", "ratio", "alpha", "settings", "recipe", "steps", "layer_ratios")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -154,8 +158,9 @@ def main(args: argparse.Namespace) -> None:
     common = {name: value for name, value in vars(args).items() if name not in apart}
     for method, pattern, sparsity, alpha, recipe, shares in rows:
         row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
-        row |= ({"recipe": recipe} if recipe != "none" else {}) | ({"layer_ratios": shares} if shares != "equal" else {})
-        if any(row.items() <= earlier.items() for earlier in done):
+        row |= {"recipe": recipe, "steps": asdict(RECIPES[recipe])} if recipe != "none" else {}
+        row |= {"layer_ratios": shares} if shares != "equal" else {}
+        if any(all(row.get(name) == earlier.get(name) for name in IDENTITY) for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
         decoder = cli.load_weights(args, device)

@@ -338,9 +338,9 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
 def test_a_run_that_is_told_to_end_leaves_what_was_there(command, kind, status, memory, place, monkeypatch, capsys):
     """In the middle of its work: pruning, or the gradients of the second block."""
     advance, temporary, calls = Decoder.advance, place.root / "tmp", []
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as of what a shell runs in the background
-    if ignored:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as of what a shell runs in the background, or nohup anywhere
+            signal.signal(number, signal.default_int_handler)
 
     def end(decoder, i, states):
         if i == 1:

@@ -1,6 +1,7 @@
 """How much to remove from each block, where blocks differ in what they can spare: shares with the same total."""
 
 import logging
+import math
 
 import torch
 from tqdm import tqdm
@@ -29,7 +30,7 @@ def by_outliers(decoder: Decoder, windows: torch.Tensor, ratio: float, hidden_st
 
 @torch.no_grad()
 def outliers(decoder: Decoder, windows: torch.Tensor, hidden_states: int | None = None) -> list[float]:
-    """The share of outliers among Wanda's scores in each block of the dense model: (blocks,); 0 in one without linears.
+    """The share of outliers among Wanda's scores in each block of the dense model: (blocks,); NaN in one without linears.
 
     Args:
         windows: (n, T) token ids.
@@ -41,31 +42,33 @@ def outliers(decoder: Decoder, windows: torch.Tensor, hidden_states: int | None 
         with decoder.resident(i):
             linears = decoder.linears(i)
             norms = collect(decoder, i, linears, states, ActivationNorm, len(windows))
-            score = [scores.wanda(linear.weight, norms[name]) for name, linear in linears.items() if norms[name] is not None]
-            total = sum(part.sum(dtype=torch.float64) for part in score)
-            count = sum(part.numel() for part in score)
-            found.append(sum((part > OUTLIER * total / count).sum() for part in score) / max(count, 1))
+            seen = {name: linear for name, linear in linears.items() if norms[name] is not None}
+            count = sum(linear.shape.numel() for linear in seen.values())
+            # Twice, a linear at a time: the scores of all together would be twice as large as the block.
+            total = sum(scores.wanda(linear.weight, norms[name]).sum(dtype=torch.float64) for name, linear in seen.items())
+            limit = OUTLIER * total / max(count, 1)
+            above = sum((scores.wanda(linear.weight, norms[name]) > limit).sum() for name, linear in seen.items())
+            found.append(above / count if count else math.nan)
             decoder.advance(i, states)
-    return torch.tensor([float(share) for share in found]).tolist()
+    return [float(share) for share in found]
 
 
 def owl(outliers: list[float], weights: list[int], ratio: float) -> list[float]:
-    """Shares to remove: blocks with more outliers keep more, within SPREAD of `ratio` (arXiv 2310.05175, section 3.3).
+    """Shares to remove: blocks with more outliers keep more, at most 2 SPREAD apart (arXiv 2310.05175, section 3.3).
 
     `sparsity_l = ratio - 2 lambda (D_l - min D) / (max D - min D) + const`, the constant such that the total is `ratio`.
     """
-    low, high = min(outliers), max(outliers)
-    return balanced([-2 * SPREAD * (share - low) / ((high - low) or 1) for share in outliers], weights, ratio)
-
-
-def line(weights: list[int], ratio: float, slope: float) -> list[float]:
-    """Shares that rise by `slope` from the first block to the last (ATP's, of "Determining layer-wise sparsity for LLMs")."""
-    last = max(len(weights) - 1, 1)
-    return balanced([slope * i / last for i in range(len(weights))], weights, ratio)
+    known = [share for share in outliers if not math.isnan(share)]
+    low, high = min(known), max(known)
+    # What is not known is that of a block without weights.
+    own = [low if math.isnan(share) else share for share in outliers]
+    return balanced([-2 * SPREAD * (share - low) / ((high - low) or 1) for share in own], weights, ratio)
 
 
 def balanced(shares: list[float], weights: list[int], ratio: float) -> list[float]:
-    """Shares shifted by one number and kept within [0, MOST], such that they remove `ratio` of all `weights`."""
+    """Shares shifted by one number and kept within [0, MOST], such that they remove `ratio`, at most MOST, of all `weights`."""
+    if ratio == 0:
+        return [0.0] * len(shares)
     values, sizes = torch.tensor(shares, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
     low, high = -values.max().item(), 1 - values.min().item()
     for _ in range(60):

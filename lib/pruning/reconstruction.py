@@ -69,7 +69,9 @@ def reconstruct(
             for j in samples:
                 if j in own:
                     with torch.enable_grad():
-                        loss(j).backward()
+                        # In float16, gradients of a mean over tokens would vanish. Adam does not see the scale.
+                        scale = states[own[j]].hidden.shape[:-1].numel() if dtype == torch.float16 else 1
+                        (loss(j) * scale).backward()
             for name, weight in weights.items():
                 total = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = parallel.add_up(total).mul_(kept[name])
@@ -87,7 +89,8 @@ def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The mean over tokens of `||f - y||^2 / ||y||^2`, both (..., H); a token whose target is zero does not count."""
     power = target.float().square().sum(dim=-1)
     error = (output.float() - target.float()).square().sum(dim=-1)
-    return (error * torch.where(power > 0, 1 / power, 0)).mean()
+    counts = power > torch.finfo(power.dtype).tiny
+    return torch.where(counts, error / power.where(counts, 1), 0).sum() / counts.sum().clamp(min=1)
 
 
 def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
