@@ -122,7 +122,23 @@ def declare(groups: cli.Groups) -> None:
     )
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
+    declare_updates(groups)
 
+    groups.memory.add_argument(
+        "--batch_size",
+        type=cli.at_least(1),
+        default=1,
+        metavar="N",
+        help="windows of the perplexity, or requests of tasks, in one forward pass (default: %(default)s)",
+    )
+    groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
+    groups.output.add_argument("--plots", action="store_true", help="also sparsity and seconds as PNG and PDF, to --save")
+    groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
+
+
+def declare_updates(groups: cli.Groups) -> None:
+    """The flags about what becomes of the weights that stay."""
+    add = groups.method.add_argument
     add(
         "--recipe",
         choices=RECIPES,
@@ -152,17 +168,6 @@ def declare(groups: cli.Groups) -> None:
         metavar="RATE",
         help=f"its learning rate at the start, in units of a matrix' root mean square (default: {Recipe.rate:g})",
     )
-
-    groups.memory.add_argument(
-        "--batch_size",
-        type=cli.at_least(1),
-        default=1,
-        metavar="N",
-        help="windows of the perplexity, or requests of tasks, in one forward pass (default: %(default)s)",
-    )
-    groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
-    groups.output.add_argument("--plots", action="store_true", help="also sparsity and seconds as PNG and PDF, to --save")
-    groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
 
 
 def declare_evaluation(groups: cli.Groups) -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prune a model with GBLM-Pruner, 50 % unstructured unless flags say otherwise. With nothing set: the demo model.
 #   MODEL=meta-llama/Llama-2-7b-hf LLAMA_VERSION=2 bash run_gblm_prune.sh --sparsity_type 2:4
-# Results go to out/NAME-METHOD-PATTERN. Finished gradients are used again; delete their folder to compute them anew.
+# Results go to out/NAME-METHOD-PATTERN, of a --recipe to out/NAME-METHOD-RECIPE-PATTERN. Finished gradients are used again;
+# delete their folder to compute them anew.
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/environment.sh
@@ -15,6 +16,7 @@ needs_gradients=yes
 ratio=(--sparsity_ratio 0.5)
 method=gblm
 pattern=unstructured
+recipe=
 save=
 arguments=("$@")
 for ((i = 0; i < ${#arguments[@]}; i++)); do
@@ -26,6 +28,7 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
         --model) MODEL=$value ;;
         --pack | --trust_remote_code) common+=("$flag") ;;
         --prune_method) method=$value ;;
+        --recipe) recipe=-$value ;;
         --sparsity_type)
             pattern=$value
             [ "$value" = unstructured ] || ratio=()
@@ -50,6 +53,6 @@ if [ "$needs_gradients" = yes ]; then
     fi
     using=(--gradient_path "$gradients")
 fi
-save=${save:-out/$name-$method-${pattern/:/-}}
+save=${save:-out/$name-$method$recipe-${pattern/:/-}}
 python main.py --model "$MODEL" --prune_method gblm "${ratio[@]}" "${using[@]}" "${size[@]}" \
     --save "$save" --save_model "$save/model" "$@"

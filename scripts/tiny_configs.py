@@ -126,6 +126,15 @@ def tiny_config(kind: str, **changes) -> PretrainedConfig:
     return CONFIG_MAPPING[kind](**_tiny(CONFIG_MAPPING[kind], changes))
 
 
+def spread(model: torch.nn.Module, noise: float) -> None:
+    """Make weights random, far from those of a new model, and add noise to biases and norms' weights."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            parameter.data += noise * torch.randn_like(parameter)
+
+
 def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
     """A random model of a type, the same at every call.
 
@@ -142,11 +151,7 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **changes) -> PreT
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = auto.from_config(config, dtype=dtype)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-            else:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        spread(model, noise=0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("tid2eid"):  # which experts a token is sent to; of a new model all to the first
                 buffer.random_(BLOCKS)

@@ -15,6 +15,7 @@ import fetch_demo
 import pytest
 import torch
 import transformers
+from tiny_configs import spread
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -86,11 +87,7 @@ def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float3
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-            else:
-                parameter.data += noise * torch.randn_like(parameter)
+        spread(model, noise)
     return model.eval().to(DEVICE)
 
 

@@ -220,6 +220,8 @@ CASES = {
     "the LM head": (MAIN, 1, lambda p: p.use("--include", "lm_head"), "--include 'lm_head' means lm_head, which is never pruned: embeddings and the LM head stay dense"),
     "the embeddings": (MAIN, 1, lambda p: p.use("--exclude", "embed_tokens"), "--exclude 'embed_tokens' means model.embed_tokens, which is never pruned"),
     "a share for each block under N:M": (MAIN, 2, lambda p: p.use("--layer_ratios", "owl", "--sparsity_type", "2:4"), "--layer_ratios owl gives every block a share of its own, 2:4 is one for all"),
+    "shares of blocks for a few linears": (MAIN, 2, lambda p: p.use("--layer_ratios", "owl", "--exclude", "*.o_proj"), "--layer_ratios owl balances whole blocks: leave --include, --exclude and --layer_no out"),
+    "shares of blocks beyond what they spare": (MAIN, 2, lambda p: p.use("--layer_ratios", "owl", "--sparsity_ratio", "0.97"), "--layer_ratios owl removes at most 0.95 of a block, not 0.97"),
     "the LM head's ratio": (MAIN, 1, lambda p: p.use("--layer_ratios", p.write("r.json", '{"*lm_head*": 0.1}')), "--layer_ratios '*lm_head*' means lm_head, which is never pruned"),
     # places to write
     "save over a file": (MAIN, 2, lambda p: p.use("--save", p.text), "--save cannot be written"),

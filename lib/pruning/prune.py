@@ -96,7 +96,7 @@ class Choice:
     def pruned(self, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         """The weight without what is removed, (out, in), what remains updated as the recipe says, or by SparseGPT as published."""
         if self.rule.score is None and recipe.update == "none":
-            return sparsegpt.solve(weight, self.hessian, self.target)
+            return sparsegpt.solve(weight, self.hessian.clone(), self.target)
         return update.solve(weight, self.hessian, self, recipe)
 
 
@@ -150,9 +150,10 @@ def prune(
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
-            matrices = decoder.linears(i) | decoder.routers(i)
+            linears = decoder.linears(i)
+            matrices = linears | decoder.routers(i)
             chosen = {name: matrices[name] for name in targets.get(i, ())}
-            linears = decoder.linears(i) | chosen
+            linears |= chosen
             decoder.advance(i, dense)
             statistics = collect(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}

@@ -41,8 +41,6 @@ def reconstruct(
     own = {sample: k for k, sample in enumerate(parallel.share(torch.arange(count)).tolist())}
     training, held = torch.arange(count).split([count - count // HELD_OUT, count // HELD_OUT])
     held = held if len(held) else training
-    total_held = len(held)
-    held = [j for j in held.tolist() if j in own]
     dtype, device = decoder.model.dtype, decoder.device
     stored, kept = _trained(linears)
     weights = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in stored.items()}
@@ -54,12 +52,12 @@ def reconstruct(
         return relative_error(output, target)
 
     def error() -> float:
-        return parallel.add_up(sum((loss(j) for j in held), torch.zeros((), device=device))).item() / total_held
+        own_loss = sum((loss(j) for j in held.tolist() if j in own), torch.zeros((), device=device))
+        return parallel.add_up(own_loss).item() / len(held)
 
     batch = max(BATCH, parallel.world())
     steps = -(-len(training) // batch)
-    rates = [rate * _scale(weight, kept[name]) for name, weight in weights.items()]
-    groups = [{"params": [weight], "lr": own} for weight, own in zip(weights.values(), rates, strict=True)]
+    groups = [{"params": [weight], "lr": rate * _scale(weight, kept[name])} for name, weight in weights.items()]
     optimizer = torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * steps)
     generator = torch.Generator().manual_seed(i)

@@ -21,7 +21,7 @@ def collect(
     decoder: Decoder, i: int, linears: dict[str, Matrix], states: list[State], statistic: type, nsamples: int
 ) -> dict[str, torch.Tensor | None]:
     """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
-    for one without inputs."""
+    for one without inputs. Linears that are given the same inputs (q, k and v) have the same tensor: it is not to be changed."""
     with observe(linears, statistic) as observed:
         for state in states:
             decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
@@ -41,7 +41,9 @@ def collect(
         tokens.update({name: count for name, (_, count) in of_rank.items()})
     few = [name for name in linears if kind_of(name) != name and 0 < tokens[name] < FEW_TOKENS]
     point_out(decoder.prefixes[i], few, len(linears), f"had fewer than {FEW_TOKENS} calibration tokens")
-    return {name: observed[name].result(nsamples) if tokens[name] else None for name in linears}
+    distinct = {id(observed[name]): observed[name] for name in linears if tokens[name]}
+    results = {key: seen.result(nsamples) for key, seen in distinct.items()}
+    return {name: results[id(observed[name])] if tokens[name] else None for name in linears}
 
 
 def point_out(prefix: str, names: Collection[str], count: int, what: str) -> None:

@@ -41,6 +41,9 @@ def test_blocks_with_more_outliers_keep_more_and_the_total_is_met():
     assert sum(share * weight for share, weight in zip(shares, weights, strict=True)) / 600 == pytest.approx(0.6, abs=1e-9)
     assert shares[0] - shares[1] == pytest.approx(2 * ratios.SPREAD)
     assert shares[0] - shares[2] == pytest.approx(2 * ratios.SPREAD / 3)
+    skipped = ratios.owl([0.01, 0.04, float("nan"), 0.02], [100, 300, 0, 200], 0.6)  # has no weights, and no say
+    assert [skipped[0], skipped[1], skipped[3]] == pytest.approx(shares)
+    assert ratios.owl(outliers, weights, 0.0) == [0, 0, 0]
     assert ratios.owl([0.02, 0.02], [1, 3], 0.7) == pytest.approx([0.7, 0.7])
 
 
