@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lib import cli, files, parallel, report
+from lib import entry, files, flags, inputs, parallel, report
 from lib.gradients.folder import GradientNorms, GradientWriter, folder_of, scales_of
 from lib.gradients.walk import NORMS, SCALE, gradient_norms
 from lib.gradients.work import GradientWork
@@ -26,12 +26,12 @@ logger = logging.getLogger("gradient_computation")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser, groups = cli.parser_of(__doc__)
-    cli.add_common_flags(groups)
-    cli.add_memory_flags(groups)
+    parser, groups = flags.parser_of(__doc__)
+    flags.add_common_flags(groups)
+    flags.add_memory_flags(groups)
     groups.method.add_argument(
         "--scale",
-        type=cli.number_above(0),
+        type=flags.number_above(0),
         default=SCALE,
         help="factor on the gradients, baked into the stored norms (default: %(default)s)",
     )
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     groups.output.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
     args = parser.parse_args(argv)
-    cli.check_common_flags(parser, args)
+    flags.check_common_flags(parser, args)
     least, largest = scales_of(loading.DTYPES[args.norm_dtype])
     if not least <= args.scale <= largest:
         other = "" if args.norm_dtype == "float32" else ", or add --norm_dtype float32"
@@ -73,15 +73,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Windows, model, gradients, folders."""
-    device = cli.start(args)
+    device = entry.start(args)
     norms = tuple(sorted(set(args.norms)))
-    outline, tokenizer = cli.open_model(args)
-    cli.settle_bos(args, outline, tokenizer)
-    windows = cli.read_calibration(args, tokenizer)
-    cli.check_vocabulary(args, outline, tokenizer, windows)
+    outline, tokenizer = inputs.open_model(args)
+    inputs.settle_bos(args, outline, tokenizer)
+    windows = inputs.read_calibration(args, tokenizer)
+    inputs.check_vocabulary(args, outline, tokenizer, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
     own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
-    decoder, chosen = cli.load(args, device, outline, sums_per_weight=4 * len(norms), graph=True)
+    decoder, chosen = inputs.load(args, device, outline, sums_per_weight=4 * len(norms), graph=True)
 
     provenance = {
         "model": args.model,
@@ -163,4 +163,4 @@ def checksum(windows: torch.Tensor) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

@@ -12,31 +12,25 @@ import argparse
 import contextlib
 import logging
 import math
-import os
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib import card, cli, files, parallel, report, tables
-from lib.data import sources
+from lib import card, entry, flags, inputs, parallel, prune_flags, report, tables
 from lib.evaluation import kept, zero_shot
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.models import checks, fingerprint, loading, memory, store
 from lib.models.decoder import Decoder
-from lib.pruning import ratios, scores, selection
-from lib.pruning.masks import Sparsity
-from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, Errors, Zeros, needs_windows, prune, share_of_zeros
-from lib.pruning.update import RECIPES, UPDATES, Recipe
+from lib.pruning import ratios, selection
+from lib.pruning.prune import METHODS, Errors, Zeros, needs_windows, prune, share_of_zeros
 
 logger = logging.getLogger("main")
-
-HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and text do not belong together
 
 
 def main(args: argparse.Namespace) -> None:
@@ -61,229 +55,12 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsity`, `ratios` and `steps` join the result, parsed."""
-    parser, groups = cli.parser_of(__doc__, "--model MODEL --prune_method METHOD")
-    declare(groups)
-    declare_evaluation(groups)
+    parser, groups = flags.parser_of(__doc__, "--model MODEL --prune_method METHOD")
+    prune_flags.declare(groups)
     args = parser.parse_args(argv)
-    cli.check_common_flags(parser, args)
-    check_method(parser, args)
-    check_evaluation(parser, args)
-    check_output(parser, args)
+    flags.check_common_flags(parser, args)
+    prune_flags.check(parser, args)
     return args
-
-
-def declare(groups: cli.Groups) -> None:
-    """The flags, in the groups that --help shows; those of the evaluation come after."""
-    cli.add_common_flags(groups)
-    cli.add_memory_flags(groups)
-    groups.model.add_argument(
-        "--force", action="store_true", help=f"go on where the dense perplexity is beyond {HOPELESS:g} or not finite"
-    )
-
-    add = groups.method.add_argument
-    add(
-        "--prune_method",
-        required=True,
-        choices=METHODS,
-        metavar="METHOD",
-        help=f"{', '.join(METHODS)}: how weights are scored; gblm is the paper's, from activations and gradients",
-    )
-    add(
-        "--sparsity_ratio",
-        type=cli.number_above(0, including=True),
-        metavar="SHARE",
-        help="of the weights to remove, such as 0.5; implied by N:M",
-    )
-    add(
-        "--sparsity_type",
-        default="unstructured",
-        metavar="PATTERN",
-        help="unstructured, or N:M: N REMOVED of every M inputs, such as 2:4 or 4:8 (default: %(default)s)",
-    )
-    add(
-        "--gradient_path",
-        metavar="PATH",
-        help="folder from gradient_computation.py, or a published .pth file; for gblm and gradient",
-    )
-    add(
-        "--alpha",
-        type=cli.number_above(0, True, MAX_ALPHA),
-        help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)",
-    )
-    add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
-    add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
-    cli.add_selection_flags(groups.method)
-    add("--layer_no", type=cli.at_least(), default=-1, metavar="BLOCK", help="prune this block only (default: all)")
-    add(
-        "--layer_ratios",
-        metavar="FILE",
-        help='owl: blocks with more outliers keep more; or JSON, by block or name: {"0": 0.3, "*.down_proj": "4:8", '
-        '"*.o_proj": "dense"}, the last match counts',
-    )
-    add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
-    add("--grad_exponent", action="store_true", help="no effect, as in the published code")
-    declare_updates(groups)
-
-    groups.memory.add_argument(
-        "--batch_size",
-        type=cli.at_least(1),
-        default=1,
-        metavar="N",
-        help="windows of the perplexity, or requests of tasks, in one forward pass (default: %(default)s)",
-    )
-    groups.output.add_argument("--save", metavar="DIR", help="folder for log.txt, results.json and sparsity.png")
-    groups.output.add_argument("--plots", action="store_true", help="also sparsity and seconds as PNG and PDF, to --save")
-    groups.output.add_argument("--save_model", metavar="DIR", help="folder for the pruned checkpoint")
-
-
-def declare_updates(groups: cli.Groups) -> None:
-    """The flags about what becomes of the weights that stay."""
-    add = groups.method.add_argument
-    add(
-        "--recipe",
-        choices=RECIPES,
-        help="presets of updates and reconstruction, best short and max long; set the flags below, "
-        "each of which may be given as well",
-    )
-    add(
-        "--update",
-        choices=UPDATES,
-        help="of the weights that stay: none, as published; obs, SparseGPT's; lsq, least squares (default: none)",
-    )
-    add(
-        "--stages",
-        type=cli.at_least(1),
-        metavar="K",
-        help="choose the mask in so many stages, with an update after each (default: 1)",
-    )
-    add(
-        "--reconstruct",
-        type=cli.at_least(0),
-        metavar="EPOCHS",
-        help="train what stays of each block towards the dense block's output (default: 0)",
-    )
-    add(
-        "--reconstruct_lr",
-        type=cli.number_above(0),
-        metavar="RATE",
-        help=f"its learning rate at the start, in units of a matrix' root mean square (default: {Recipe.rate:g})",
-    )
-
-
-def declare_evaluation(groups: cli.Groups) -> None:
-    """The flags about what is measured."""
-    add = groups.evaluation.add_argument
-    add(
-        "--eval_dataset",
-        nargs="+",
-        default=["wikitext2"],
-        metavar="TEXT",
-        help="text for the perplexity, one or several: wikitext2, c4 or files (default: wikitext2)",
-    )
-    add("--no_cache", action="store_true", help="measure the dense perplexity anew, even if an earlier run has kept it")
-    add("--eval_zero_shot", action="store_true", help="accuracy of the pruned model on tasks of lm-evaluation-harness")
-    add("--eval_dense", action="store_true", help="and of the dense model")
-    add(
-        "--tasks",
-        nargs="+",
-        default=zero_shot.TASKS,
-        metavar="TASK",
-        help="of the harness, or of files in --include_path (default: the paper's seven)",
-    )
-    add(
-        "--num_fewshot", type=cli.at_least(0), metavar="K", help="examples before each question (default: the task's own, or 0)"
-    )
-    add("--limit", type=cli.number_above(0), metavar="N", help="questions of each task; below 1 a share of them (default: all)")
-    add("--include_path", metavar="DIR", help="folder with tasks of your own, in the harness' YAML")
-
-
-def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with `parser.error` if the flags of the method contradict each other."""
-    method = METHODS[args.prune_method]
-    if method.gradients and args.gradient_path is None:
-        parser.error(f"--prune_method {args.prune_method} needs --gradient_path, a folder that gradient_computation.py wrote")
-    if args.gradient_inv and method.inverse is None:
-        parser.error(f"--gradient_inv changes the gradient term, which {args.prune_method} does not have: leave it out")
-    if args.alpha is not None and (method.score is not scores.gblm or args.gradient_inv):
-        parser.error("--alpha is the weight of the gradient term that gblm adds: leave it out")
-    args.alpha = PAPER_ALPHA if args.alpha is None else args.alpha
-    if args.use_variant and not method.variant:
-        parser.error(
-            f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
-        )
-    try:
-        read = args.layer_ratios and args.layer_ratios != ratios.OWL
-        args.ratios = selection.read_ratios(args.layer_ratios) if read else None
-        named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
-        args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        if method.gradients:
-            files.settle(Path(args.gradient_path))
-            if not os.path.exists(args.gradient_path):
-                raise FileNotFoundError(
-                    f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first"
-                )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    check_recipe(parser, args)
-    if args.layer_ratios == ratios.OWL:
-        if args.sparsity_type != "unstructured":
-            parser.error(
-                f"--layer_ratios {ratios.OWL} gives every block a share of its own, {args.sparsity_type} is one for all"
-            )
-        if args.include or args.exclude or args.layer_no != -1:
-            parser.error(f"--layer_ratios {ratios.OWL} balances whole blocks: leave --include, --exclude and --layer_no out")
-        if args.sparsity.ratio > ratios.MOST:
-            parser.error(f"--layer_ratios {ratios.OWL} removes at most {ratios.MOST} of a block, not {args.sparsity.ratio:g}")
-    if args.layer_no < -1:
-        parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
-    if args.use_variant and args.sparsity_type != "unstructured":
-        parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
-
-
-def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in the flags that --recipe sets and that are not given, or their defaults; `steps`, a Recipe, joins the result."""
-    names = {"update": "update", "stages": "stages", "reconstruct": "epochs", "reconstruct_lr": "rate"}
-    given = {name: getattr(args, flag) for flag, name in names.items() if getattr(args, flag) is not None}
-    try:
-        args.steps = replace(RECIPES[args.recipe] if args.recipe else Recipe(), **given)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.reconstruct_lr is not None and not args.steps.epochs:
-        parser.error("--reconstruct_lr is the learning rate of --reconstruct EPOCHS: add it")
-    for flag, name in names.items():
-        setattr(args, flag, getattr(args.steps, name))
-
-
-def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with `parser.error` if a text cannot be read, or zero-shot tasks are asked for in vain."""
-    args.eval_dataset = list(dict.fromkeys(args.eval_dataset))
-    args.tasks = [name for names in args.tasks for name in names.split(",") if name]
-    optional = ("eval_dense", "num_fewshot", "limit", "include_path")
-    needless = [flag for flag in optional if getattr(args, flag) is not None and getattr(args, flag) is not False]
-    needless += ["tasks"] if args.tasks != zero_shot.TASKS else []
-    if needless and not args.eval_zero_shot:
-        parser.error(f"--{needless[0]} is about the tasks of --eval_zero_shot: add it")
-    if args.include_path and not Path(args.include_path).is_dir():
-        parser.error(f"--include_path {args.include_path} is not a folder: give the one that holds the tasks' YAML files")
-    try:
-        for source in args.eval_dataset:
-            sources.check_source(source, args.data_dir, "evaluation")
-        if args.eval_zero_shot:
-            zero_shot.require()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with `parser.error` if results cannot be written, or would replace what is not this project's."""
-    if args.plots and not args.save:
-        parser.error("--plots go to the folder of --save: add it")
-    cli.check_save_model(parser, args)
-    try:
-        if args.save:
-            files.check_writable(args.save)
-    except OSError as error:
-        parser.error(f"--save cannot be written: {error}: choose another folder")
 
 
 @dataclass
@@ -328,7 +105,7 @@ class Run:
 
 def prepare(args: argparse.Namespace) -> Run:
     """Read all that the run needs, the model last; refuse what does not belong together."""
-    device = cli.start(args)
+    device = entry.start(args)
     method = METHODS[args.prune_method]
     for flag, ignored in {
         "--grad_norm": args.grad_norm,
@@ -337,21 +114,21 @@ def prepare(args: argparse.Namespace) -> Run:
     }.items():
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
-    outline, tokenizer = cli.open_model(args)
+    outline, tokenizer = inputs.open_model(args)
     chosen = {"include": args.include, "exclude": args.exclude, "layer": args.layer_no, "ratios": args.ratios}
     targets = selection.select(outline, args.sparsity, **chosen)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
-    cli.settle_bos(args, outline, tokenizer)
-    evaluation = {source: cli.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
+    inputs.settle_bos(args, outline, tokenizer)
+    evaluation = {source: inputs.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
     by_outliers = args.layer_ratios == ratios.OWL
     needed = by_outliers or needs_windows(args.prune_method, args.steps)
-    calibration = cli.read_calibration(args, tokenizer) if needed else None
-    cli.check_vocabulary(args, outline, tokenizer, *evaluation.values(), calibration)
+    calibration = inputs.read_calibration(args, tokenizer) if needed else None
+    inputs.check_vocabulary(args, outline, tokenizer, *evaluation.values(), calibration)
     tasks = None
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
     streams = (calibration is not None) + (args.reconstruct > 0)
-    decoder, plan = cli.load(args, device, outline, hidden_states=args.nsamples * streams)
+    decoder, plan = inputs.load(args, device, outline, hidden_states=args.nsamples * streams)
     phases = report.Phases(decoder.device)
     if by_outliers:
         with phases("ratios"):
@@ -372,7 +149,7 @@ def prepare(args: argparse.Namespace) -> Run:
         with phases("check gradients"):
             gradients.check(decoder)
         if calibration is not None:
-            cli.compare_samples(args, gradients)
+            inputs.compare_samples(args, gradients)
     run = Run(
         args,
         decoder,
@@ -457,7 +234,7 @@ def score_tasks(run: Run, name: str) -> None:
 def refuse_hopeless(run: Run, source: str) -> None:
     """Raise ValueError if a dense perplexity says that nothing measured from here on would mean anything."""
     dense = run.dense[source]
-    if dense <= HOPELESS or run.args.force:
+    if dense <= prune_flags.HOPELESS or run.args.force:
         return
     reasons = (
         f"{type(run.tokenizer).__name__} of {len(run.tokenizer)} tokens may not be this model's tokenizer, the text not in a "
@@ -474,7 +251,7 @@ def refuse_hopeless(run: Run, source: str) -> None:
             overflow = "which is hardly too small for it: weights may be NaN or infinite"
         reasons = f"it was computed in {dtype}, {overflow}. Otherwise, {reasons}"
     raise ValueError(
-        f"the dense perplexity is {dense:.4g} {run.text(source)}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; "
+        f"the dense perplexity is {dense:.4g} {run.text(source)}, beyond {prune_flags.HOPELESS:.0f}: {reasons}. Nothing was pruned; "
         "--force goes on all the same"
     )
 
@@ -583,4 +360,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli
+from lib import flags
 from lib.models import fetch, loading
 from lib.models.decoder import Decoder
 from lib.models.weights import kind_of
@@ -122,11 +122,11 @@ def opened(name: str, args: argparse.Namespace) -> Decoder:
 
 def main(argv: list[str] | None = None) -> bool:
     """Check what the flags ask for; returns whether anything fails."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model, in safetensors")
     parser.add_argument("--pattern", help="N:M, at least N zeros in every M consecutive inputs, such as 2:4")
     parser.add_argument("--against", metavar="DENSE", help="folder or hub name of the model it was pruned from")
-    cli.add_selection_flags(parser)
+    flags.add_selection_flags(parser)
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
     parser.add_argument("--cache_dir", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, results
+from lib import entry, flags, results
 from lib.results import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ TITLES = {"seconds": "seconds: pruning + perplexity", "memory": "peak memory, GB
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", metavar="RESULTS", help="folders, results.json, .jsonl")
     parser.add_argument("--each", action="store_true", help="a row for each run, no means over seeds")
     parser.add_argument(
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Write the table, or fill the pages."""
-    cli.set_up_logging()
+    entry.set_up_logging()
     for page in args.fill:
         page.write_text(filled(page.read_text()))
         print(f"tables of {page} made anew")
@@ -175,4 +175,4 @@ def write_csv(path: Path, groups: list[list[Run]], columns: list[str] | None) ->
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

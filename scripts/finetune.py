@@ -21,7 +21,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli
+from lib import entry, flags, inputs
 from lib.data import sources
 from lib.evaluation.perplexity import perplexity
 from lib.models import fetch, loading, store
@@ -33,8 +33,8 @@ RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates; usual ones, not tuned on
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser, groups = cli.parser_of(__doc__, "--model PRUNED --save_model DIR")
-    cli.add_common_flags(groups)
+    parser, groups = flags.parser_of(__doc__, "--model PRUNED --save_model DIR")
+    flags.add_common_flags(groups)
     groups.data.add_argument(
         "--eval_dataset",
         default="wikitext2",
@@ -42,15 +42,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="text for the perplexity before and after (default: %(default)s)",
     )
     add = groups.method.add_argument
-    add("--lora", type=cli.at_least(1), metavar="RANK", help="train adapters of this rank, not all weights")
-    add("--steps", type=cli.at_least(1), default=60, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch_size", type=cli.at_least(1), default=4, metavar="N", help="samples of a step (default: %(default)s)")
+    add("--lora", type=flags.at_least(1), metavar="RANK", help="train adapters of this rank, not all weights")
+    add("--steps", type=flags.at_least(1), default=60, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch_size", type=flags.at_least(1), default=4, metavar="N", help="samples of a step (default: %(default)s)")
     rates = ", ".join(f"{rate:g} {name}" for name, rate in RATES.items())
-    add("--learning_rate", type=cli.number_above(0), metavar="RATE", help=f"at the start, falls to 0 (default: {rates})")
+    add("--learning_rate", type=flags.number_above(0), metavar="RATE", help=f"at the start, falls to 0 (default: {rates})")
     groups.output.add_argument("--save_model", required=True, metavar="DIR", help="folder for the trained checkpoint")
     args = parser.parse_args(argv)
-    cli.check_common_flags(parser, args)
-    cli.check_save_model(parser, args)
+    flags.check_common_flags(parser, args)
+    flags.check_save_model(parser, args)
     if args.learning_rate is None:
         args.learning_rate = RATES["LoRA" if args.lora else "full"]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -68,12 +68,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, train, save, measure what was saved."""
-    device = cli.start(args)
-    outline, tokenizer = cli.open_model(args)
-    cli.settle_bos(args, outline, tokenizer)
-    windows = cli.read_calibration(args, tokenizer)
-    evaluation = cli.read_evaluation(args, tokenizer, args.eval_dataset)
-    cli.check_vocabulary(args, outline, tokenizer, windows, evaluation)
+    device = entry.start(args)
+    outline, tokenizer = inputs.open_model(args)
+    inputs.settle_bos(args, outline, tokenizer)
+    windows = inputs.read_calibration(args, tokenizer)
+    evaluation = inputs.read_evaluation(args, tokenizer, args.eval_dataset)
+    inputs.check_vocabulary(args, outline, tokenizer, windows, evaluation)
 
     def loaded(folder: str, dtype: str) -> Decoder:
         return loading.load(folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
@@ -147,4 +147,4 @@ def same_zeros(before: str, after: str, trust_remote_code: bool = False) -> tupl
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, figures
+from lib import entry, figures, flags
 from lib.models import fetch, loading
 from lib.models.decoder import Decoder
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model")
     parser.add_argument("--linear", required=True, metavar="NAME", help="full name, as model.layers.5.self_attn.q_proj")
     parser.add_argument("--against", metavar="OTHER", help="a second checkpoint, drawn beside it")
@@ -93,4 +93,4 @@ def _name_of(checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, figures, results
+from lib import entry, figures, flags, results
 from lib.results import Run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders, results.json, .jsonl")
     parser.add_argument("--output", type=Path, default=Path("out/figures"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--dark", action="store_true", help="also NAME-dark.png and .pdf, for dark pages")
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Draw whatever the results can show."""
-    cli.set_up_logging()
+    entry.set_up_logging()
     runs = results.read(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
@@ -153,4 +153,4 @@ def _spread(group: list[Run]) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

@@ -25,7 +25,7 @@ from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli
+from lib import entry, flags
 from lib.models import fetch, loading
 from lib.models.checkpoint import Checkpoint
 from lib.models.decoder import Decoder
@@ -37,13 +37,13 @@ PIECE = 2**24  # bytes compressed at a time
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub name of a 2:4 model")
     parser.add_argument("--against", metavar="DENSE", help="the model it was pruned from, for its bytes")
     parser.add_argument(
         "--tokens",
         nargs="+",
-        type=cli.at_least(1),
+        type=flags.at_least(1),
         default=[1, 128, 2048],
         metavar="N",
         help="in one product (default: 1 128 2048)",
@@ -209,4 +209,4 @@ def best_compressor() -> tuple[str, Callable]:
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import cli, files, report
+from lib import entry, files, flags, inputs, report
 from lib.data import sources
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
@@ -32,8 +32,8 @@ IDENTITY = ("method", "pattern", "ratio", "alpha", "settings", "recipe", "steps"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded. `sparsities` joins, [(pattern, Sparsity)], and `done`, the rows there are."""
-    parser, groups = cli.parser_of(__doc__)
-    cli.add_common_flags(groups)
+    parser, groups = flags.parser_of(__doc__)
+    flags.add_common_flags(groups)
     methods = ["dense", *METHODS]
     groups.data.add_argument(
         "--eval_dataset",
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="text for the perplexity: wikitext2, c4 or a file (default: %(default)s)",
     )
     groups.data.add_argument(
-        "--windows", type=cli.at_least(1), metavar="N", help="evaluate on the first N windows only (default: all)"
+        "--windows", type=flags.at_least(1), metavar="N", help="evaluate on the first N windows only (default: all)"
     )
     add = groups.method.add_argument
     add(
@@ -71,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--alphas",
         nargs="+",
-        type=cli.number_above(0, True, MAX_ALPHA),
+        type=flags.number_above(0, True, MAX_ALPHA),
         default=[PAPER_ALPHA],
         metavar="ALPHA",
         help="of gblm, a row each (default: 100)",
@@ -101,7 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="JSON, a line for each row (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    cli.check_common_flags(parser, args)
+    flags.check_common_flags(parser, args)
     if args.gradient_path is None and any(METHODS[name].gradients for name in args.methods if name != "dense"):
         parser.error("gradient and gblm need --gradient_path, a folder that gradient_computation.py wrote")
     try:
@@ -135,17 +135,17 @@ def rows_of(output: Path) -> list[dict]:
 
 def main(args: argparse.Namespace) -> None:
     """Text and gradients once, then a model for every row."""
-    device, done = cli.start(args), args.done
+    device, done = entry.start(args), args.done
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    outline, tokenizer = cli.open_model(args)
-    cli.settle_bos(args, outline, tokenizer)
-    calibration = cli.read_calibration(args, tokenizer)
-    evaluation = cli.read_evaluation(args, tokenizer, args.eval_dataset)[: args.windows]
-    cli.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
+    outline, tokenizer = inputs.open_model(args)
+    inputs.settle_bos(args, outline, tokenizer)
+    calibration = inputs.read_calibration(args, tokenizer)
+    evaluation = inputs.read_evaluation(args, tokenizer, args.eval_dataset)[: args.windows]
+    inputs.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
-        cli.compare_samples(args, gradients)
+        inputs.compare_samples(args, gradients)
     rows = [("dense", "", None, None, "none", "equal")] if "dense" in args.methods else []
     for (pattern, sparsity), method in product(args.sparsities, args.methods):
         if method != "dense":
@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         if any(all(row.get(name) == earlier.get(name) for name in IDENTITY) for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
-        decoder = cli.load_weights(args, device)
+        decoder = inputs.load_weights(args, device)
         if gradients and not checked:
             gradients.check(decoder)
             checked = True
@@ -192,4 +192,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(parse, main)
+    entry.run(parse, main)

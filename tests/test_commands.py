@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradient_computation
 import main as pruning
-from lib import cli
+from lib import entry
 from lib.data import sources
 from lib.gradients.folder import GradientNorms
 
@@ -251,9 +251,9 @@ def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(
         json.loads("{")  # a ValueError, of another library
 
     with pytest.raises(SystemExit, match=r"error: dataset file nothing\.txt does not exist"):
-        cli.run(lambda: None, refused)
+        entry.run(lambda: None, refused)
     with pytest.raises(json.JSONDecodeError):
-        cli.run(lambda: None, broken)
+        entry.run(lambda: None, broken)
 
 
 def test_windows_in_batches_give_the_same_perplexity(flags, text, tmp_path):
