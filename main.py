@@ -32,6 +32,9 @@ from lib.pruning.prune import METHODS, Errors, Zeros, needs_windows, prune, shar
 
 logger = logging.getLogger("main")
 
+ALPHAS = (0.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # that --alpha auto tries; 0 is Wanda's score
+HELD_OUT = 8  # windows that it compares them on, at least; an eighth of --nsamples where that is more
+
 
 def main(args: argparse.Namespace) -> None:
     """Prepare, measure the dense model, prune it, measure it again, report."""
@@ -39,6 +42,8 @@ def main(args: argparse.Namespace) -> None:
     measure_dense(run)
     if args.eval_dense:
         score_tasks(run, "dense")
+    if args.alpha == prune_flags.AUTO:
+        choose_alpha(run)
     run.zeros = prune_model(run)
     keep_results(run, "pruned; the perplexity is being measured")
     try:
@@ -75,6 +80,7 @@ class Run:
     asked: float  # the share of zeros that the targets ask for
     gradients: GradientNorms | None
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
+    held_out: torch.Tensor | None  # (m, T), drawn after them, for --alpha auto
     evaluation: dict[str, torch.Tensor]  # text -> (m, T)
     tasks: zero_shot.Tasks | None
     phases: report.Phases
@@ -86,6 +92,7 @@ class Run:
     reused: set[str] = field(default_factory=set)  # texts whose dense perplexity an earlier run has measured
     zeros: Zeros = field(default_factory=dict)
     pruned: dict[str, float] = field(default_factory=dict)
+    alphas: dict[float, float] = field(default_factory=dict)  # that --alpha auto tried -> perplexity on the windows held out
     accuracy: dict[str, dict] = field(default_factory=dict)  # "dense", "pruned" -> zero-shot results
 
     @property
@@ -122,8 +129,10 @@ def prepare(args: argparse.Namespace) -> Run:
     evaluation = {source: inputs.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
     by_outliers = args.layer_ratios == ratios.OWL
     needed = by_outliers or needs_windows(args.prune_method, args.steps)
-    calibration = inputs.read_calibration(args, tokenizer) if needed else None
-    inputs.check_vocabulary(args, outline, tokenizer, *evaluation.values(), calibration)
+    more = max(HELD_OUT, args.nsamples // 8) if args.alpha == prune_flags.AUTO else 0
+    drawn = inputs.read_calibration(args, tokenizer, more) if needed else None
+    inputs.check_vocabulary(args, outline, tokenizer, *evaluation.values(), drawn)
+    calibration, held_out = (None, None) if drawn is None else drawn.split([args.nsamples, more])
     tasks = None
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
@@ -159,6 +168,7 @@ def prepare(args: argparse.Namespace) -> Run:
         asked,
         gradients,
         calibration,
+        held_out,
         evaluation,
         tasks,
         phases,
@@ -219,9 +229,12 @@ def measure_pruned(run: Run) -> None:
 
 def measure(run: Run, source: str, name: str) -> float:
     """The perplexity on one text of the model as it is now."""
-    windows = run.evaluation[source]
+    return measure_windows(run, run.evaluation[source], name if len(run.evaluation) == 1 else f"{name} on {source}")
+
+
+def measure_windows(run: Run, windows: torch.Tensor, progress: str) -> float:
+    """The perplexity on windows (m, T) of the model as it is now."""
     group = run.plan.group(len(windows), 1) if run.plan.streamed else 1
-    progress = name if len(run.evaluation) == 1 else f"{name} on {source}"
     return perplexity(run.decoder, windows, batch=run.args.batch_size, group=group, progress=progress)
 
 
@@ -256,7 +269,30 @@ def refuse_hopeless(run: Run, source: str) -> None:
     )
 
 
-def prune_model(run: Run) -> Zeros:
+def choose_alpha(run: Run) -> None:
+    """Settle --alpha auto: prune with each of ALPHAS, and take the one whose model is best on the windows held out.
+
+    Neither activations nor gradients have seen those windows. The dense weights are read anew after every trial.
+    """
+    args, phase = run.args, "choose alpha"
+    for alpha in ALPHAS:
+        run.args = argparse.Namespace(**vars(args) | {"alpha": alpha, "save_model": None})
+        prune_model(run, phase)
+        with run.phases(phase):
+            run.alphas[alpha] = measure_windows(run, run.held_out, f"alpha {alpha:g}")
+            run.decoder = None  # before there is another
+            if run.scratch:
+                run.scratch.cleanup()
+            run.decoder = inputs.load_weights(args, run.phases.device, run.plan.streamed)
+        logger.info("alpha %g: perplexity %.4f on %d windows held out", alpha, run.alphas[alpha], len(run.held_out))
+    run.args = args
+    args.alpha = min(run.alphas, key=run.alphas.get)
+    if parallel.rank() == 0:
+        shown = ", ".join(f"{alpha:g} {perplexity:.2f}" for alpha, perplexity in run.alphas.items())
+        print(f"alpha {args.alpha:g} chosen, by perplexity on {len(run.held_out)} windows held out: {shown}", flush=True)
+
+
+def prune_model(run: Run, phase: str = "prune") -> Zeros:
     """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
     args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
     written: store.Store | store.Scratch | None = None
@@ -275,7 +311,7 @@ def prune_model(run: Run) -> Zeros:
                 matrices = decoder.linears(i) | decoder.routers(i)
                 written.write_block(decoder.prefixes[i], block, {matrices[name].tensor_name for name in run.targets[i]})
 
-        with run.phases("prune"):
+        with run.phases(phase):
             zeros = prune(
                 decoder,
                 run.calibration,
@@ -321,6 +357,7 @@ def keep_results(run: Run, status: str) -> dict:
         "perplexity": perplexities[0],
         **({"perplexities": perplexities} if len(perplexities) > 1 else {}),
         **({"zero_shot": run.accuracy} if run.accuracy else {}),
+        **({"alphas_tried": run.alphas} if run.alphas else {}),
         "sparsity": share_of_zeros(run.zeros),
         "sparsity_asked": run.asked,
         "sparsity_by_block": report.by_linear(run.zeros),

@@ -78,12 +78,16 @@ def settle_bos(args: argparse.Namespace, outline: Decoder, tokenizer) -> None:
         raise ValueError(f"the tokenizer of this {family} model has no BOS token to put before every window: use --bos first")
 
 
-def read_calibration(args: argparse.Namespace, tokenizer) -> torch.Tensor:
-    """The calibration windows (n, T) that the flags ask for; `settle_bos` comes first."""
+def read_calibration(args: argparse.Namespace, tokenizer, more: int = 0) -> torch.Tensor:
+    """The calibration windows (n, T) that the flags ask for, and `more` that are drawn after them; `settle_bos` comes first."""
     docs = sources.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir, column=args.text_column)
-    return windows.calibration_windows(
-        docs, tokenizer, args.nsamples, args.seq_length, args.seed, args.pack, source=args.dataset, bos=_bos(args, tokenizer)
-    )
+    count, bos = args.nsamples + more, _bos(args, tokenizer)
+    try:
+        return windows.calibration_windows(
+            docs, tokenizer, count, args.seq_length, args.seed, args.pack, source=args.dataset, bos=bos
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; {more} windows are drawn beside the --nsamples") if more else error from None
 
 
 def read_evaluation(args: argparse.Namespace, tokenizer, source: str) -> torch.Tensor:

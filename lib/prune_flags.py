@@ -13,6 +13,7 @@ from lib.pruning.masks import Sparsity
 from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA
 from lib.pruning.update import RECIPES, UPDATES, Recipe
 
+AUTO = "auto"  # of --alpha
 HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and text do not belong together
 
 
@@ -51,8 +52,9 @@ def declare(groups: flags.Groups) -> None:
     )
     add(
         "--alpha",
-        type=flags.number_above(0, True, MAX_ALPHA),
-        help=f"weight of the gradient term of gblm (default: {PAPER_ALPHA:g}, as in the paper)",
+        type=_alpha,
+        help="weight of the gradient term of gblm; auto: the one of several that does best on calibration text left out "
+        f"(default: {PAPER_ALPHA:g}, as in the paper)",
     )
     add("--gradient_inv", action="store_true", help="divide by the gradient norm instead of multiplying")
     add("--use_variant", action="store_true", help="Wanda's variant: per row an equal share of the score's total")
@@ -198,6 +200,10 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":
         parser.error(f"--use_variant sets a share per row and {args.sparsity_type} a number per group: choose one")
+
+
+def _alpha(text: str) -> float | str:
+    return text if text == AUTO else flags.number_above(0, True, MAX_ALPHA)(text)
 
 
 def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

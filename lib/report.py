@@ -63,7 +63,10 @@ def read(folder: str, file: str = RESULTS) -> dict:
 
 
 class Phases:
-    """Seconds and peak memory of the named parts of a run: `with phases("prune"): ...`, then `phases.record`."""
+    """Seconds and peak memory of the named parts of a run: `with phases("prune"): ...`, then `phases.record`.
+
+    What has the same name is one part: its seconds add up.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -77,6 +80,9 @@ class Phases:
         entry = {"seconds": round(time.perf_counter() - start, 2), "peak_host_gb": round(_peak_host() / 1e9, 3)}
         if self.device.type != "cpu":
             entry["peak_gpu_gb"] = round(torch.get_device_module(self.device).max_memory_allocated(self.device) / 1e9, 3)
+        if earlier := self.record.get(name):
+            entry = {key: max(value, earlier[key]) for key, value in entry.items()}
+            entry["seconds"] = round(time.perf_counter() - start + earlier["seconds"], 2)
         self.record[name] = entry
         logger.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in entry.items()))
 

@@ -17,6 +17,7 @@ import main as pruning
 from lib import entry
 from lib.data import sources
 from lib.gradients.folder import GradientNorms
+from lib.models import loading
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation}
 
@@ -322,6 +323,36 @@ def test_gradients_of_other_samples_are_pointed_out(flags, gradients, text, capl
     run("main.py", *command, "--prune_method", "gblm")
     assert "the gradients were computed with --nsamples 4, the activations will be with 3" in caplog.text
     assert "--seed" not in caplog.text
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_alpha_is_chosen_on_windows_held_out(flags, gradients, text, tmp_path, monkeypatch, memory):
+    """And the model is that of a run with this alpha, from windows that `--alpha auto` leaves as they are."""
+    command = [*flags, "--prune_method", "gblm", "--gradient_path", gradients, "--sparsity_type", "2:4", "--eval_dataset", text]
+    command += ["--memory", memory]
+    measured = []
+    original = pruning.perplexity
+    monkeypatch.setattr(
+        pruning,
+        "perplexity",
+        lambda decoder, windows, **more: (measured.append(windows), original(decoder, windows, **more))[1],
+    )
+    printed = run("main.py", *command, "--alpha", "auto", "--save", tmp_path, "--save_model", tmp_path / "auto")
+    results = json.loads((tmp_path / "results.json").read_text())
+    tried = {float(alpha): perplexity for alpha, perplexity in results["alphas_tried"].items()}
+    assert tuple(tried) == pruning.ALPHAS and len(set(tried.values())) > 2
+    chosen = results["flags"]["alpha"]
+    assert tried[chosen] == min(tried.values()) and f"alpha {chosen:g} chosen" in printed
+    held_out = [windows for windows in measured if len(windows) == pruning.HELD_OUT]
+    assert len(held_out) == len(tried) and results["phases"]["choose alpha"]["seconds"] > 0
+
+    run("main.py", *command, "--alpha", chosen, "--save", tmp_path / "again", "--save_model", tmp_path / "given")
+    same = "model.safetensors"
+    assert (tmp_path / "auto" / same).read_bytes() == (tmp_path / "given" / same).read_bytes()
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert results["perplexity"]["pruned"] == again["perplexity"]["pruned"]
+    model = loading.load(tmp_path / "given", dtype="float32", device="cpu")
+    assert original(model, held_out[0]) == pytest.approx(tried[chosen], rel=1e-5)
 
 
 def test_norms_are_stored_in_float32_on_request(flags, tmp_path):
