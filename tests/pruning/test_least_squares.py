@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_sparsegpt import hessian_of, inputs
 
 from lib.pruning import least_squares, sparsegpt
@@ -71,20 +73,31 @@ def test_uncorrelated_inputs_return_the_masked_weight():
         assert torch.equal(least_squares.solve(weight, mask, diagonal.diag()), weight.masked_fill(mask, 0))
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("tokens", [2, 10, 100])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_no_row_ends_worse_than_it_started(seed, tokens, scale):
-    weight, mask, hessian = problem(seed=seed, tokens=tokens, dead=(3, 7) if seed % 2 else ())
-    hessian *= scale
-    start = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) if seed % 3 == 0 else None
-    begun = (weight if start is None else start).masked_fill(mask, 0)
-    if seed % 2:
-        begun[:, [3, 7]] = 0
-    for steps in (1, 5, 200):
-        found = least_squares.solve(weight, mask, hessian.clone(), start=start, steps=steps)
-        assert found.isfinite().all() and (found[mask] == 0).all()
-        assert (errors(found, weight, hessian) <= errors(begun, weight, hessian) * (1 + 1e-5)).all()
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32),
+    width=st.integers(1, 40),
+    rows=st.integers(1, 9),
+    tokens=st.integers(1, 40).map(lambda half: 2 * half),  # fewer than inputs: a Hessian without full rank
+    dead=st.sets(st.integers(0, 39), max_size=6),
+    twins=st.booleans(),
+    exponent=st.integers(-6, 6),
+    elsewhere=st.booleans(),
+    steps=st.integers(1, 200),
+)
+def test_no_row_ends_worse_than_it_started(seed, width, rows, tokens, dead, twins, exponent, elsewhere, steps):
+    """For every Hessian: of few tokens, of inputs never active or the same as others, of any scale, from any start."""
+    dead = tuple(j for j in dead if j < width)
+    weight, mask, hessian = problem(width, rows, seed, tokens, dead)
+    if twins and width > 1:
+        hessian[0] = hessian[1]
+        hessian[:, 0] = hessian[:, 1]
+    hessian *= 10.0**exponent
+    begun = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) if elsewhere else weight
+    found = least_squares.solve(weight, mask, hessian.clone(), start=begun if elsewhere else None, steps=steps)
+    begun = begun.masked_fill(mask | (hessian.diagonal() == 0), 0)
+    assert found.isfinite().all() and (found[mask] == 0).all()
+    assert (errors(found, weight, hessian) <= errors(begun, weight, hessian) * (1 + 1e-5)).all()
 
 
 def test_inputs_never_active_have_weight_zero_and_do_not_disturb_the_rest():
