@@ -15,6 +15,7 @@ import math
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from lib.pruning.prune import METHODS, Errors, Zeros, needs_windows, prune, shar
 logger = logging.getLogger("main")
 
 ALPHAS = (0.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # that --alpha auto tries; 0 is Wanda's score
-HELD_OUT = 8  # windows that it compares them on, at least; an eighth of --nsamples where that is more
+LINES = [f"{ratios.LINE}:{slope:g}" for slope in ratios.SLOPES]  # that --layer_ratios line tries
+HELD_OUT = 8  # windows on which they are compared, at least; an eighth of --nsamples where that is more
 
 
 def main(args: argparse.Namespace) -> None:
@@ -43,7 +45,9 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_dense:
         score_tasks(run, "dense")
     if args.alpha == prune_flags.AUTO:
-        choose_alpha(run)
+        choose(run, "alpha", ALPHAS)
+    if args.layer_ratios == ratios.LINE:
+        choose(run, "layer_ratios", LINES)
     run.zeros = prune_model(run)
     keep_results(run, "pruned; the perplexity is being measured")
     try:
@@ -80,7 +84,7 @@ class Run:
     asked: float  # the share of zeros that the targets ask for
     gradients: GradientNorms | None
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
-    held_out: torch.Tensor | None  # (m, T), drawn after them, for --alpha auto
+    held_out: torch.Tensor | None  # (m, T), drawn after them, for flags whose value is to be chosen
     evaluation: dict[str, torch.Tensor]  # text -> (m, T)
     tasks: zero_shot.Tasks | None
     phases: report.Phases
@@ -92,7 +96,7 @@ class Run:
     reused: set[str] = field(default_factory=set)  # texts whose dense perplexity an earlier run has measured
     zeros: Zeros = field(default_factory=dict)
     pruned: dict[str, float] = field(default_factory=dict)
-    alphas: dict[float, float] = field(default_factory=dict)  # that --alpha auto tried -> perplexity on the windows held out
+    tried: dict[str, dict] = field(default_factory=dict)  # flag -> {value: perplexity on the windows held out}
     accuracy: dict[str, dict] = field(default_factory=dict)  # "dense", "pruned" -> zero-shot results
 
     @property
@@ -122,28 +126,25 @@ def prepare(args: argparse.Namespace) -> Run:
         if ignored:
             logger.warning("%s has no effect with %s", flag, args.prune_method)
     outline, tokenizer = inputs.open_model(args)
-    chosen = {"include": args.include, "exclude": args.exclude, "layer": args.layer_no, "ratios": args.ratios}
-    targets = selection.select(outline, args.sparsity, **chosen)
+    targets = targets_of(args, outline)
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     inputs.settle_bos(args, outline, tokenizer)
     evaluation = {source: inputs.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
-    by_outliers = args.layer_ratios == ratios.OWL
-    needed = by_outliers or needs_windows(args.prune_method, args.steps)
-    more = max(HELD_OUT, args.nsamples // 8) if args.alpha == prune_flags.AUTO else 0
-    drawn = inputs.read_calibration(args, tokenizer, more) if needed else None
+    open_flags = args.alpha == prune_flags.AUTO or args.layer_ratios == ratios.LINE
+    more = max(HELD_OUT, args.nsamples // 8) if open_flags else 0
+    needed = needs_windows(args.prune_method, args.steps)
+    drawn = inputs.read_calibration(args, tokenizer, more) if needed or more else None
     inputs.check_vocabulary(args, outline, tokenizer, *evaluation.values(), drawn)
-    calibration, held_out = (None, None) if drawn is None else drawn.split([args.nsamples, more])
+    calibration = drawn[: args.nsamples] if needed else None
+    held_out = drawn[args.nsamples :] if more else None
     tasks = None
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
     streams = (calibration is not None) + (args.reconstruct > 0)
     decoder, plan = inputs.load(args, device, outline, hidden_states=args.nsamples * streams)
     phases = report.Phases(decoder.device)
-    if by_outliers:
-        with phases("ratios"):
-            chosen["ratios"] = args.ratios = ratios.by_outliers(decoder, calibration, args.sparsity.ratio, plan.samples)
-    if decoder.skipped or by_outliers:  # only now known
-        targets = selection.select(decoder, args.sparsity, **chosen)
+    if decoder.skipped:  # only now known
+        targets = targets_of(args, decoder)
     asked = selection.total_ratio(decoder, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
@@ -179,6 +180,16 @@ def prepare(args: argparse.Namespace) -> Run:
         texts = "; ".join(map(run.text, evaluation))
         print(f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens, perplexity {texts}", flush=True)
     return run
+
+
+def targets_of(args: argparse.Namespace, decoder: Decoder) -> selection.Targets:
+    """What the flags select of a model. `args.ratios` become the shares of a line, of which a slope that is open is 0."""
+    if ratios.is_line(args.layer_ratios):
+        slope = ratios.slope_of(args.layer_ratios) or 0.0
+        args.ratios = ratios.of_blocks(decoder, slope, args.sparsity.ratio)
+    return selection.select(
+        decoder, args.sparsity, include=args.include, exclude=args.exclude, layer=args.layer_no, ratios=args.ratios
+    )
 
 
 def point_out_earlier(run: Run) -> None:
@@ -269,27 +280,30 @@ def refuse_hopeless(run: Run, source: str) -> None:
     )
 
 
-def choose_alpha(run: Run) -> None:
-    """Settle --alpha auto: prune with each of ALPHAS, and take the one whose model is best on the windows held out.
+def choose(run: Run, flag: str, values: Sequence) -> None:
+    """Settle a flag: prune with each of its values, and keep the one whose model is best on the windows held out.
 
     Neither activations nor gradients have seen those windows. The dense weights are read anew after every trial.
     """
-    args, phase = run.args, "choose alpha"
-    for alpha in ALPHAS:
-        run.args = argparse.Namespace(**vars(args) | {"alpha": alpha, "save_model": None})
+    args, phase, tried = run.args, f"choose {flag}", run.tried.setdefault(flag, {})
+    for value in values:
+        run.args = argparse.Namespace(**vars(args) | {flag: value, "save_model": None})
+        run.targets = targets_of(run.args, run.decoder)
         prune_model(run, phase)
         with run.phases(phase):
-            run.alphas[alpha] = measure_windows(run, run.held_out, f"alpha {alpha:g}")
+            tried[value] = measure_windows(run, run.held_out, f"{flag} {value}")
             run.decoder = None  # before there is another
             if run.scratch:
                 run.scratch.cleanup()
             run.decoder = inputs.load_weights(args, run.phases.device, run.plan.streamed)
-        logger.info("alpha %g: perplexity %.4f on %d windows held out", alpha, run.alphas[alpha], len(run.held_out))
-    run.args = args
-    args.alpha = min(run.alphas, key=run.alphas.get)
+        logger.info("--%s %s: perplexity %.4f on %d windows held out", flag, value, tried[value], len(run.held_out))
+    setattr(args, flag, min(tried, key=tried.get))
+    run.args, run.targets = args, targets_of(args, run.decoder)
     if parallel.rank() == 0:
-        shown = ", ".join(f"{alpha:g} {perplexity:.2f}" for alpha, perplexity in run.alphas.items())
-        print(f"alpha {args.alpha:g} chosen, by perplexity on {len(run.held_out)} windows held out: {shown}", flush=True)
+        shown = ", ".join(f"{value} {perplexity:.2f}" for value, perplexity in tried.items())
+        print(
+            f"--{flag} {getattr(args, flag)} chosen, by perplexity on {len(run.held_out)} windows held out: {shown}", flush=True
+        )
 
 
 def prune_model(run: Run, phase: str = "prune") -> Zeros:
@@ -357,7 +371,7 @@ def keep_results(run: Run, status: str) -> dict:
         "perplexity": perplexities[0],
         **({"perplexities": perplexities} if len(perplexities) > 1 else {}),
         **({"zero_shot": run.accuracy} if run.accuracy else {}),
-        **({"alphas_tried": run.alphas} if run.alphas else {}),
+        **({"tried": run.tried} if run.tried else {}),
         "sparsity": share_of_zeros(run.zeros),
         "sparsity_asked": run.asked,
         "sparsity_by_block": report.by_linear(run.zeros),

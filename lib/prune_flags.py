@@ -62,9 +62,10 @@ def declare(groups: flags.Groups) -> None:
     add("--layer_no", type=flags.at_least(), default=-1, metavar="BLOCK", help="prune this block only (default: all)")
     add(
         "--layer_ratios",
-        metavar="FILE",
-        help='owl: blocks with more outliers keep more; or JSON, by block or name: {"0": 0.3, "*.down_proj": "4:8", '
-        '"*.o_proj": "dense"}, the last match counts',
+        metavar="SHARES",
+        help="line:0.3, shares that rise by 0.3 from the first block to the last; line, that slope is chosen on calibration "
+        'text left out; or a JSON file, by block or name: {"0": 0.3, "*.down_proj": "4:8", "*.o_proj": "dense"}, the last '
+        "match counts",
     )
     add("--grad_norm", metavar="NORM", help="no effect, as in the published code: the norm is that of --gradient_path")
     add("--grad_exponent", action="store_true", help="no effect, as in the published code")
@@ -175,8 +176,10 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
         )
     try:
-        read = args.layer_ratios and args.layer_ratios != ratios.OWL
-        args.ratios = selection.read_ratios(args.layer_ratios) if read else None
+        line = ratios.is_line(args.layer_ratios)
+        if line:
+            ratios.slope_of(args.layer_ratios)
+        args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios and not line else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
         if method.gradients:
@@ -187,15 +190,14 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 )
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if args.layer_ratios == ratios.OWL:
-        if args.sparsity_type != "unstructured":
-            parser.error(
-                f"--layer_ratios {ratios.OWL} gives every block a share of its own, {args.sparsity_type} is one for all"
-            )
-        if args.include or args.exclude or args.layer_no != -1:
-            parser.error(f"--layer_ratios {ratios.OWL} balances whole blocks: leave --include, --exclude and --layer_no out")
-        if args.sparsity.ratio > ratios.MOST:
-            parser.error(f"--layer_ratios {ratios.OWL} removes at most {ratios.MOST} of a block, not {args.sparsity.ratio:g}")
+    if line and args.sparsity_type != "unstructured":
+        parser.error(f"--layer_ratios {args.layer_ratios} gives every block its own share, {args.sparsity_type} is one for all")
+    if line and (args.include or args.exclude or args.layer_no != -1):
+        parser.error(f"--layer_ratios {args.layer_ratios} balances whole blocks: leave --include, --exclude, --layer_no out")
+    if line and args.sparsity.ratio > ratios.MOST:
+        parser.error(
+            f"--layer_ratios {args.layer_ratios} removes at most {ratios.MOST} of a block, not {args.sparsity.ratio:g}"
+        )
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":

@@ -87,10 +87,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--layer_ratios",
         nargs="+",
-        choices=["equal", ratios.OWL],
-        default=["equal"],
+        type=_slope,
+        default=[0.0],
         metavar="SHARES",
-        help=f"of blocks where unstructured, a row each: equal, {ratios.OWL} (default: equal)",
+        help="of blocks where unstructured, a row each: equal, line:SLOPE (default: equal)",
     )
     add("--gradient_path", metavar="PATH", help="as of main.py; for gblm and gradient")
     groups.output.add_argument(
@@ -116,6 +116,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
+
+
+def _slope(text: str) -> float:
+    try:
+        if text == ratios.EQUAL or ratios.is_line(text):
+            slope = 0.0 if text == ratios.EQUAL else ratios.slope_of(text)
+            if slope is not None:
+                return slope
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError(f"{text} is neither {ratios.EQUAL} nor {ratios.LINE}:SLOPE, such as {ratios.LINE}:0.3")
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -146,20 +157,20 @@ def main(args: argparse.Namespace) -> None:
     inputs.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
     if gradients:
         inputs.compare_samples(args, gradients)
-    rows = [("dense", "", None, None, "none", "equal")] if "dense" in args.methods else []
+    rows = [("dense", "", None, None, "none", 0.0)] if "dense" in args.methods else []
     for (pattern, sparsity), method in product(args.sparsities, args.methods):
         if method != "dense":
             alphas = args.alphas if method == "gblm" else [None]
-            shares = args.layer_ratios if pattern == "unstructured" else ["equal"]
-            rows += [(method, pattern, sparsity, *more) for more in product(alphas, args.recipes, shares)]
+            slopes = args.layer_ratios if pattern == "unstructured" else [0.0]
+            rows += [(method, pattern, sparsity, *more) for more in product(alphas, args.recipes, slopes)]
 
     checked = False
     apart = ("methods", "patterns", "ratios", "alphas", "recipes", "layer_ratios", "output", "sparsities", "folder", "done")
     common = {name: value for name, value in vars(args).items() if name not in apart}
-    for method, pattern, sparsity, alpha, recipe, shares in rows:
+    for method, pattern, sparsity, alpha, recipe, slope in rows:
         row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
         row |= {"recipe": recipe, "steps": asdict(RECIPES[recipe])} if recipe != "none" else {}
-        row |= {"layer_ratios": shares} if shares != "equal" else {}
+        row |= {"layer_ratios": f"{ratios.LINE}:{slope:g}"} if slope else {}
         if any(all(row.get(name) == earlier.get(name) for name in IDENTITY) for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
@@ -170,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
         phases = report.Phases(decoder.device)
         if method != "dense":
             with phases("prune"):
-                own = ratios.by_outliers(decoder, calibration, sparsity.ratio) if shares == ratios.OWL else None
+                own = ratios.of_blocks(decoder, slope, sparsity.ratio) if slope else None
                 zeros = prune(
                     decoder,
                     calibration,

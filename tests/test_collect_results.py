@@ -79,7 +79,7 @@ def test_rho_compares_with_sparsegpt_on_the_same_samples(tmp_path):
     write(tmp_path, "share", 40.0, ratio=0.6, prune_method="wanda", sparsity_ratio=0.6)
     write(tmp_path, "seed", 40.0, prune_method="wanda", seed=1)
     write(tmp_path, "a", 25.0, prune_method="sparsegpt", update="lsq", stages=4)  # not the published one
-    write(tmp_path, "b", 24.0, prune_method="sparsegpt", layer_ratios="owl")
+    write(tmp_path, "b", 24.0, prune_method="sparsegpt", layer_ratios="line:0.3")
     rows = collect(tmp_path, "--output", tmp_path / "table", "--each")
     found = {(row["method"], row["nsamples"], row["ratio"], row["seeds"]): row for row in rows}
     own = found.pop(("wanda best", "4", "0.5", "0"))

@@ -13,9 +13,9 @@ def test_rows_of_recipes_and_shares_are_other_rows(saved_model, documents, tmp_p
         "--seq_length", 16, "--cache_dir", tmp_path, "--output", tmp_path / "table.jsonl", "--methods", "wanda",
         "--patterns", "unstructured",
     ]  # fmt: skip
-    for more in (["--recipes", "best"], ["--layer_ratios", "owl"], [], ["--recipes", "none", "best"]):
+    for more in (["--recipes", "best"], ["--layer_ratios", "line:0.3"], [], ["--recipes", "none", "best"]):
         table.main(table.parse([str(flag) for flag in [*flags, *more]]))
     rows = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
-    assert [(row.get("recipe"), row.get("layer_ratios")) for row in rows] == [("best", None), (None, "owl"), (None, None)]
+    assert [(row.get("recipe"), row.get("layer_ratios")) for row in rows] == [("best", None), (None, "line:0.3"), (None, None)]
     assert len({row["perplexity"] for row in rows}) == 3 and rows[0]["steps"]["epochs"] == 1
     assert capsys.readouterr().out.count("already") == 2

@@ -1,68 +1,49 @@
-"""How much to remove from each block, where blocks differ in what they can spare: shares with the same total."""
+"""How much to remove from each block, where later blocks spare more than earlier ones: shares with the same total."""
 
-import logging
 import math
 
 import torch
-from tqdm import tqdm
 
-from lib import parallel
 from lib.models.decoder import Decoder
-from lib.pruning import scores
-from lib.pruning.activations import ActivationNorm
-from lib.pruning.statistics import collect
 
-logger = logging.getLogger(__name__)
-
-OWL = "owl"  # of --layer_ratios
-OUTLIER = 5.0  # times the mean score of its block is an outlier (OWL, arXiv 2310.05175: M)
-SPREAD = 0.08  # of the shares around the one asked for (OWL: lambda)
+EQUAL, LINE = "equal", "line"  # of --layer_ratios; LINE alone leaves the slope open, "line:0.3" gives it
+SLOPES = (0.0, 0.15, 0.3, 0.45, 0.6)  # that LINE is tried with
 MOST = 0.95  # that a block is asked to spare
 
 
-def by_outliers(decoder: Decoder, windows: torch.Tensor, ratio: float, hidden_states: int | None = None) -> dict[str, float]:
-    """{block: share to remove}, as `selection.select` takes it, of `owl` for this model and these windows (n, T)."""
-    weights = [sum(linear.shape.numel() for linear in decoder.linears(i).values()) for i in range(len(decoder))]
-    shares = owl(outliers(decoder, windows, hidden_states), weights, ratio)
-    logger.info("shares to remove, by block: %s", ", ".join(f"{share:.3f}" for share in shares))
-    return {str(i): share for i, share in enumerate(shares)}
+def is_line(text: str | None) -> bool:
+    """Whether `--layer_ratios` is LINE, with a slope or without, and not a file."""
+    return text is not None and (text == LINE or text.startswith(f"{LINE}:"))
 
 
-@torch.no_grad()
-def outliers(decoder: Decoder, windows: torch.Tensor, hidden_states: int | None = None) -> list[float]:
-    """The share of outliers among Wanda's scores in each block of the dense model: (blocks,); NaN in one without linears.
+def slope_of(text: str) -> float | None:
+    """The slope in "line:0.3"; None in LINE alone.
 
-    Args:
-        windows: (n, T) token ids.
-        hidden_states: how many of them may be kept in memory.
+    Raises:
+        ValueError: it is not a number from -1 to 1.
     """
-    states = decoder.enter_all(parallel.share(windows), hidden_states)
-    found = []
-    for i in tqdm(range(len(decoder)), desc="ratios", unit="block", disable=None):
-        with decoder.resident(i):
-            linears = decoder.linears(i)
-            norms = collect(decoder, i, linears, states, ActivationNorm, len(windows))
-            seen = {name: linear for name, linear in linears.items() if norms[name] is not None}
-            count = sum(linear.shape.numel() for linear in seen.values())
-            # Twice, a linear at a time: the scores of all together would be twice as large as the block.
-            total = sum(scores.wanda(linear.weight, norms[name]).sum(dtype=torch.float64) for name, linear in seen.items())
-            limit = OUTLIER * total / max(count, 1)
-            above = sum((scores.wanda(linear.weight, norms[name]) > limit).sum() for name, linear in seen.items())
-            found.append(above / count if count else math.nan)
-            decoder.advance(i, states)
-    return [float(share) for share in found]
+    _, colon, number = text.partition(":")
+    try:
+        slope = float(number) if colon else None
+    except ValueError:
+        slope = math.nan
+    if slope is not None and not -1 <= slope <= 1:
+        raise ValueError(f"--layer_ratios {text} has no slope from -1 to 1 behind the colon: write line, or line:0.3")
+    return slope
 
 
-def owl(outliers: list[float], weights: list[int], ratio: float) -> list[float]:
-    """Shares to remove: blocks with more outliers keep more, at most 2 SPREAD apart (arXiv 2310.05175, section 3.3).
+def of_blocks(decoder: Decoder, slope: float, ratio: float) -> dict[str, float]:
+    """{block: share to remove}, as `selection.select` takes it, of `line` for this model; blocks without matrices have none."""
+    weights = {str(i): sum(linear.shape.numel() for linear in decoder.linears(i).values()) for i in range(len(decoder))}
+    weights = {block: count for block, count in weights.items() if count}
+    return dict(zip(weights, line(slope, list(weights.values()), ratio), strict=True))
 
-    `sparsity_l = ratio - 2 lambda (D_l - min D) / (max D - min D) + const`, the constant such that the total is `ratio`.
-    """
-    known = [share for share in outliers if not math.isnan(share)]
-    low, high = min(known), max(known)
-    # What is not known is that of a block without weights.
-    own = [low if math.isnan(share) else share for share in outliers]
-    return balanced([-2 * SPREAD * (share - low) / ((high - low) or 1) for share in own], weights, ratio)
+
+def line(slope: float, weights: list[int], ratio: float) -> list[float]:
+    """Shares that rise by `slope` from the first block to the last, in equal steps (arXiv 2502.14770), and remove `ratio` of
+    all weights: an error in an early block grows in all that follow it."""
+    last = max(len(weights) - 1, 1)
+    return balanced([slope * i / last for i in range(len(weights))], weights, ratio)
 
 
 def balanced(shares: list[float], weights: list[int], ratio: float) -> list[float]:
