@@ -351,7 +351,7 @@ def make_files(namespace: argparse.Namespace, folder: Path) -> None:
     for name in ("dataset", "eval_dataset", "layer_ratios"):
         given = values.get(name) or []
         for value in given if isinstance(given, list) else [given]:
-            if Path(value).suffix:
+            if isinstance(value, str) and Path(value).suffix:
                 file = folder / value
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps({"0": 0.3}) if name == "layer_ratios" else json.dumps({"text": "text"}))
