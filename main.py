@@ -140,7 +140,7 @@ def prepare(args: argparse.Namespace) -> Run:
     tasks = None
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
-    streams = (calibration is not None) + (args.reconstruct > 0)
+    streams = (calibration is not None) + args.steps.follows_dense
     decoder, plan = inputs.load(args, device, outline, hidden_states=args.nsamples * streams)
     phases = report.Phases(decoder.device)
     if decoder.skipped:  # only now known

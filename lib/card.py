@@ -15,10 +15,10 @@ CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")  # from the dense model's own card
 RECIPE = (
     "prune_method", "sparsity_type", "sparsity_ratio", "use_variant", "gradient_inv", "include", "exclude", "layer_no",
-    "layer_ratios", "recipe", "update", "stages", "reconstruct",
+    "layer_ratios", "recipe", "update", "stages", "asymmetric", "reconstruct",
 )  # fmt: skip
 CALIBRATION = ("dataset", "nsamples", "seq_length", "seed", "bos", "pack")
-UNUSED = {"layer_no": -1, "update": "none", "stages": 1, "reconstruct": 0}  # what a flag has that did nothing
+UNUSED = {"layer_no": -1, "update": "none", "stages": 1, "asymmetric": 0, "reconstruct": 0}  # what a flag has that did nothing
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # where the hub's cache keeps OWNER/NAME
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

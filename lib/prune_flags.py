@@ -90,7 +90,7 @@ def declare_updates(groups: flags.Groups) -> None:
     add(
         "--recipe",
         choices=RECIPES,
-        help="presets of updates and reconstruction, best short and max long; set the flags below, "
+        help="presets of updates and reconstruction, fast, best and max in the order of time and worth; set the flags below, "
         "each of which may be given as well",
     )
     add(
@@ -103,6 +103,12 @@ def declare_updates(groups: flags.Groups) -> None:
         type=flags.at_least(1),
         metavar="K",
         help="choose the mask in so many stages, with an update after each (default: 1)",
+    )
+    add(
+        "--asymmetric",
+        type=flags.number_above(0, True, 1),
+        metavar="SHARE",
+        help="of what pruning earlier blocks has changed in a linear's inputs, that its update makes up for (default: 0)",
     )
     add(
         "--reconstruct",
@@ -210,7 +216,9 @@ def _alpha(text: str) -> float | str:
 
 def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in the flags that --recipe sets and that are not given, or their defaults; `steps`, a Recipe, joins the result."""
-    names = {"update": "update", "stages": "stages", "reconstruct": "epochs", "reconstruct_lr": "rate"}
+    names = {
+        "update": "update", "stages": "stages", "asymmetric": "asymmetric", "reconstruct": "epochs", "reconstruct_lr": "rate"
+    }  # fmt: skip
     given = {name: getattr(args, flag) for flag, name in names.items() if getattr(args, flag) is not None}
     try:
         args.steps = replace(RECIPES[args.recipe] if args.recipe else Recipe(), **given)

@@ -15,7 +15,7 @@ LEFT_OUT = (
     "save", "save_model", "cache_dir", "data_dir", "gradient_path", "device", "memory", "activation_memory", "batch_size",
     "grad_norm", "grad_exponent", "force", "plots", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
 )  # fmt: skip
-UPDATES = ("update", "stages", "reconstruct", "reconstruct_lr")
+UPDATES = ("update", "stages", "asymmetric", "reconstruct", "reconstruct_lr")
 FIRST = ("model", "method", "pattern", "ratio", "alpha", "norm", "nsamples", "seq_length", "dataset", "eval_dataset")
 OF_SOME = ("pattern", "ratio", "alpha", "norm")  # not all methods, counting the dense model, have these
 FORMS = {"gradient_inv": "inverse", "use_variant": "variant"}  # flags that make another method of one

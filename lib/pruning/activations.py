@@ -15,6 +15,11 @@ class ActivationNorm:
         self.total = torch.zeros(width, dtype=torch.float32, device=device)
         self.tokens = 0
 
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """What several processes add up."""
+        return [self.total]
+
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
         self.tokens += inputs.numel() // inputs.shape[-1]

@@ -54,7 +54,7 @@ class Choice:
     """What decides over the weights of one linear: (its weights as they are now, a share) -> mask, True = remove.
 
     Args:
-        statistic: activation norm (in,) or Hessian (in, in), as `rule.observes` says.
+        statistic: activation norm (in,), Hessian (in, in), or Hessian and drift (2, in, in).
         grad_norm: (out, in), where the rule uses gradients.
     """
 
@@ -70,14 +70,16 @@ class Choice:
         use_variant: bool = False,
     ):
         self.rule, self.target, self.use_variant = rule, target, use_variant
-        self.hessian = statistic if statistic is not None and statistic.ndim == 2 else None
+        self.hessian, self.drift = None, None
+        if statistic is not None and statistic.ndim > 1:
+            self.hessian, self.drift = statistic if statistic.ndim == 3 else (statistic, None)
         self.measure = (rule.inverse if inverse else rule.score) or scores.wanda
         self.alpha = {"alpha": alpha} if self.measure is scores.gblm else {}
         self.factors: dict[str, torch.Tensor] = {}
         if rule.statistic and statistic is None:  # an expert that no token reached
             self.factors["x_norm"] = torch.zeros(())
         elif rule.statistic:
-            self.factors["x_norm"] = statistic if self.hessian is None else (statistic.diagonal() / 2).sqrt()
+            self.factors["x_norm"] = statistic if self.hessian is None else (self.hessian.diagonal() / 2).sqrt()
         if rule.gradients:
             self.factors["grad_norm"] = grad_norm
         self.sound = True  # whether all scores so far were finite; a tensor, that nobody need wait for
@@ -97,7 +99,7 @@ class Choice:
         """The weight without what is removed, (out, in), what remains updated as the recipe says, or by SparseGPT as published."""
         if self.rule.score is None and recipe.update == "none":
             return sparsegpt.solve(weight, self.hessian.clone(), self.target)
-        return update.solve(weight, self.hessian, self, recipe)
+        return update.solve(weight, self.hessian, self, recipe, self.drift)
 
 
 # linear -> relative error of its outputs (masked alone, updated); "" -> the block's own (before reconstruction, after)
@@ -143,10 +145,10 @@ def prune(
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
     rule, options = METHODS[method], {"alpha": alpha, "inverse": gradient_inv, "use_variant": use_variant}
     statistic = rule.observes(recipe)
-    if hidden_states is not None and recipe.epochs:
+    if hidden_states is not None and recipe.follows_dense:
         hidden_states //= 2  # for each of two streams
     states = decoder.enter_all(parallel.share(windows), hidden_states) if needs_windows(method, recipe) else []
-    dense = decoder.enter_all(parallel.share(windows), hidden_states) if recipe.epochs else []
+    dense = decoder.enter_all(parallel.share(windows), hidden_states) if recipe.follows_dense else []
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
@@ -154,8 +156,10 @@ def prune(
             matrices = linears | decoder.routers(i)
             chosen = {name: matrices[name] for name in targets.get(i, ())}
             linears |= chosen
-            decoder.advance(i, dense)
-            statistics = collect(decoder, i, chosen, states, statistic, len(windows)) if statistic and chosen else {}
+            paired = dense if recipe.asymmetric and chosen else None
+            if paired is None:
+                decoder.advance(i, dense)
+            statistics = collect(decoder, i, chosen, states, statistic, len(windows), paired) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
             experts, unused = _unknown(decoder.prefixes[i], chosen, linears, statistics, norms)
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
@@ -169,7 +173,7 @@ def prune(
                     weight = choice.pruned(linear.weight, recipe)
                     sound[name] = choice.sound & weight.isfinite().all()
                     if recipe.update != "none" and seen is not None:
-                        errors[name] = update.relative_errors(linear.weight, weight, seen)
+                        errors[name] = update.relative_errors(linear.weight, weight, choice.hessian)
                     linear.weight.copy_(weight)
             if recipe.epochs and chosen:
                 errors[""] = reconstruct(

@@ -1,5 +1,8 @@
 """SparseGPT (arXiv 2301.00774): the Hessian of a linear's reconstruction error in, a pruned and updated weight out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from lib.pruning import masks
@@ -14,6 +17,11 @@ class Hessian:
     def __init__(self, width: int, device: torch.device):
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.tokens = 0
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """What several processes add up."""
+        return [self.total]
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
@@ -34,13 +42,20 @@ class ExactHessian(Hessian):
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
+        with self.exact(inputs):
+            super().add(inputs)
+
+    @staticmethod
+    @contextmanager
+    def exact(inputs: torch.Tensor) -> Iterator[None]:
+        """While open, products of what `inputs` were cast to in fp32 are left to the units for their own dtype."""
         backend, format = (torch.backends.mkldnn, "bf16") if inputs.device.type == "cpu" else (torch.backends.cuda, "tf32")
         holds = inputs.dtype == torch.bfloat16 or (inputs.dtype == torch.float16 and format == "tf32")
         before = backend.matmul.fp32_precision
         try:
             if holds:
                 backend.matmul.fp32_precision = format
-            super().add(inputs)
+            yield
         finally:
             backend.matmul.fp32_precision = before
 

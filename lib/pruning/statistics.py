@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from lib import parallel
 from lib.models.decoder import Decoder, State
 from lib.models.weights import Matrix, kind_of
 from lib.pruning.activations import observe
+from lib.pruning.asymmetric import Drift, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +20,28 @@ SHOWN = 5  # names in a log line
 
 
 def collect(
-    decoder: Decoder, i: int, linears: dict[str, Matrix], states: list[State], statistic: type, nsamples: int
+    decoder: Decoder,
+    i: int,
+    linears: dict[str, Matrix],
+    states: list[State],
+    statistic: type,
+    nsamples: int,
+    dense: list[State] | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
-    for one without inputs. Linears that are given the same inputs (q, k and v) have the same tensor: it is not to be changed."""
+    for one without inputs. Linears that are given the same inputs (q, k and v) have the same tensor: it is not to be changed.
+
+    With `dense`, the same samples in the dense model, these pass the block as well, and the statistic is `Drift` of both.
+    """
+    stream = Stream()
+    if dense is not None:
+        statistic = partial(Drift, stream=stream)
     with observe(linears, statistic) as observed:
-        for state in states:
+        for k, state in enumerate(states):
+            if dense is not None:
+                stream.dense, stream.tokens = True, state.hidden.numel() // state.hidden.shape[-1]
+                decoder.advance(i, [dense[k]])
+                stream.dense = False
             decoder.run(i, state.hidden.to(decoder.device), state.kwargs[i])
     first = {}
     own = {name: (first.setdefault(id(seen), name), seen.tokens) for name, seen in observed.items()}
@@ -35,7 +53,8 @@ def collect(
             owner = owners.get(name, name)
             observed[name] = observed[owner] if owner in observed else statistic(linears[name].in_features, decoder.device)
     for name in dict.fromkeys(owners[name] for name in linears if name in owners):  # in the same order in every process
-        parallel.add_up(observed[name].total)
+        for total in observed[name].sums:
+            parallel.add_up(total)
     tokens = Counter()
     for of_rank in everywhere:
         tokens.update({name: count for name, (_, count) in of_rank.items()})

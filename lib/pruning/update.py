@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.pruning import admm, least_squares, sparsegpt
+from lib.pruning import admm, asymmetric, least_squares, sparsegpt
 
 UPDATES = ("none", "obs", "lsq")
 POLISH_STEPS = 3  # of conjugate gradients behind the stages, whose weights are near the solution already
@@ -17,6 +17,7 @@ class Recipe:
 
     `update`: "none", as published: survivors keep their bits; "obs" (sparsegpt.py) or "lsq" (least_squares.py).
     `stages`: how many times the mask is chosen, each time from weights updated since, until all that is to go is gone.
+    `asymmetric`: the share of what pruning has changed in a linear's inputs that its weights make up for (asymmetric.py).
     `epochs` of reconstruction (reconstruction.py), its learning rate falling from `rate` times a matrix' scale to 0.
     """
 
@@ -24,6 +25,7 @@ class Recipe:
     stages: int = 1
     epochs: int = 0
     rate: float = 0.01
+    asymmetric: float = 0.0
 
     def __post_init__(self):
         if self.update not in UPDATES:
@@ -32,15 +34,28 @@ class Recipe:
             raise ValueError(f"{self.stages} stages: at least one is needed")
         if self.stages > 1 and self.update == "none":
             raise ValueError(f"{self.stages} stages need weights that change between them: add --update lsq or obs")
+        if self.asymmetric and self.update == "none":
+            raise ValueError(
+                f"--asymmetric {self.asymmetric:g} is about the weights that an update aims at: add --update lsq or obs"
+            )
 
     @property
     def changes_survivors(self) -> bool:
         """Whether weights that stay are other than before."""
         return self.update != "none" or self.epochs > 0
 
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the samples pass through the dense model beside the pruned one."""
+        return self.asymmetric > 0 or self.epochs > 0
+
 
 PUBLISHED = Recipe()  # survivors keep their bits, but for SparseGPT's
-RECIPES = {"best": Recipe("lsq", stages=4, epochs=1), "max": Recipe("lsq", stages=8, epochs=6)}  # docs/checking_numbers.md
+RECIPES = {
+    "fast": Recipe("lsq", stages=4, asymmetric=0.25),
+    "best": Recipe("lsq", stages=4, epochs=1),
+    "max": Recipe("lsq", stages=8, epochs=6),
+}  # docs/checking_numbers.md
 
 
 def shares(stages: int) -> list[float]:
@@ -49,7 +64,11 @@ def shares(stages: int) -> list[float]:
 
 
 def solve(
-    weight: torch.Tensor, hessian: torch.Tensor | None, choose: Callable[[torch.Tensor, float], torch.Tensor], recipe: Recipe
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None,
+    choose: Callable[[torch.Tensor, float], torch.Tensor],
+    recipe: Recipe,
+    drift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Remove weights and update those that remain, stage by stage.
 
@@ -57,21 +76,23 @@ def solve(
         weight: (out, in), any float dtype.
         hessian: (in, in) fp32 of the inputs; None where there were none: the weight is masked alone.
         choose: (the weights as they are by then (out, in), share) -> the mask of that share of what is to go, (out, in).
+        drift: C of `asymmetric.target`, (in, in), where the recipe is asymmetric.
 
     Returns:
         The new weight, (out, in), in the dtype of `weight`; infinite where it leaves that dtype's range.
     """
     if recipe.update == "none" or hessian is None:
         return weight.masked_fill(choose(weight, 1), 0)
+    goal = weight if drift is None else asymmetric.target(weight, hessian, drift, recipe.asymmetric)
     if recipe.update == "obs":
-        current = weight.float()
+        current = goal.float()
         for share in shares(recipe.stages):
             current = sparsegpt.solve(current, hessian.clone(), choose(current, share))
     elif recipe.stages == 1:
-        current = least_squares.solve(weight, choose(weight, 1), hessian.clone())
+        current = least_squares.solve(goal, choose(goal, 1), hessian.clone())
     else:
-        mask, start = admm.solve(weight, hessian.clone(), choose, shares(recipe.stages))
-        current = least_squares.solve(weight, mask, hessian.clone(), start=start, steps=POLISH_STEPS)
+        mask, start = admm.solve(goal, hessian.clone(), choose, shares(recipe.stages))
+        current = least_squares.solve(goal, mask, hessian.clone(), start=start, steps=POLISH_STEPS)
     return current.to(weight.dtype)
 
 

@@ -15,7 +15,7 @@ from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row
 from lib.pruning.prune import METHODS, prune, share_of_zeros
 from lib.pruning.reconstruction import relative_error
 from lib.pruning.selection import select
-from lib.pruning.update import Recipe
+from lib.pruning.update import RECIPES, Recipe
 
 PATTERNS = ["unstructured", "2:4", "4:8"]
 
@@ -44,7 +44,17 @@ def output_error(decoder, windows=None) -> float:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
-    "recipe", [Recipe("obs"), Recipe("lsq"), Recipe("obs", 3), Recipe("lsq", 4), Recipe(epochs=1), Recipe("lsq", 2, 1)], ids=str
+    "recipe",
+    [
+        Recipe("obs"),
+        Recipe("lsq"),
+        Recipe("obs", 3),
+        Recipe("lsq", 4),
+        Recipe(epochs=1),
+        Recipe("lsq", 2, 1),
+        Recipe("obs", 2, asymmetric=0.25),
+    ],
+    ids=str,
 )
 def test_every_method_and_pattern_keeps_its_sparsity(method, pattern, recipe):
     decoder, zeros = pruned(recipe, method, pattern)
@@ -125,7 +135,7 @@ def test_reconstruction_of_a_part_leaves_the_rest_alone():
     assert changed == ["model.layers.1.mlp.up_proj.weight"]
 
 
-@pytest.mark.parametrize("recipe", [Recipe("obs"), Recipe("lsq", 4), Recipe("lsq", 2, 2)], ids=str)
+@pytest.mark.parametrize("recipe", [Recipe("obs"), Recipe("lsq", 4), Recipe("lsq", 2, 2), RECIPES["fast"]], ids=str)
 def test_streamed_is_resident(recipe, tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     weights = []
@@ -213,7 +223,7 @@ def of_one_rank(rank, world, port, folder):
     parallel.stop()
 
 
-SHARED_RECIPES = [Recipe("obs"), Recipe("lsq", 3), Recipe("lsq", 2, 2, 0.02)]
+SHARED_RECIPES = [Recipe("obs"), Recipe("lsq", 3), Recipe("lsq", 2, 2, 0.02), RECIPES["fast"]]
 
 
 def test_two_processes_end_alike_and_as_one_does(tmp_path):
