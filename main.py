@@ -10,6 +10,7 @@ need none. Every flag is explained in docs/flags.md.
 
 import argparse
 import contextlib
+import gc
 import logging
 import math
 import shlex
@@ -35,6 +36,7 @@ logger = logging.getLogger("main")
 
 ALPHAS = (0.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # that --alpha auto tries; 0 is Wanda's score
 LINES = [f"{ratios.LINE}:{slope:g}" for slope in ratios.SLOPES]  # that --layer_ratios line tries
+PAPER_NSAMPLES = 128  # of gradients that do not say
 HELD_OUT = 8  # windows on which they are compared, at least; an eighth of --nsamples where that is more
 
 
@@ -81,7 +83,7 @@ class Run:
     plan: memory.Plan
     tokenizer: Any
     targets: selection.Targets
-    asked: float  # the share of zeros that the targets ask for
+    share: float  # of zeros, that the targets ask for
     gradients: GradientNorms | None
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
     held_out: torch.Tensor | None  # (m, T), drawn after them, for flags whose value is to be chosen
@@ -97,13 +99,14 @@ class Run:
     zeros: Zeros = field(default_factory=dict)
     pruned: dict[str, float] = field(default_factory=dict)
     tried: dict[str, dict] = field(default_factory=dict)  # flag -> {value: perplexity on the windows held out}
+    asked: dict[str, str] = field(default_factory=dict)  # flag -> what it was, before `args` had what was chosen
     accuracy: dict[str, dict] = field(default_factory=dict)  # "dense", "pruned" -> zero-shot results
 
     @property
     def settings(self) -> dict:
         """What the results depend on, as results.json has it: flags, the weights, versions."""
         unflagged = ("sparsity", "ratios", "folder", "steps")
-        flags = {name: value for name, value in vars(self.args).items() if name not in unflagged}
+        flags = {name: value for name, value in (vars(self.args) | self.asked).items() if name not in unflagged}
         if len(self.evaluation) == 1:
             flags["eval_dataset"] = self.args.eval_dataset[0]  # as it was before there could be several
         return {"flags": flags, "layer_ratios": self.args.ratios, "weights": self.weights, "versions": report.versions()}
@@ -131,12 +134,14 @@ def prepare(args: argparse.Namespace) -> Run:
     inputs.settle_bos(args, outline, tokenizer)
     evaluation = {source: inputs.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
     open_flags = args.alpha == prune_flags.AUTO or args.layer_ratios == ratios.LINE
-    more = max(HELD_OUT, args.nsamples // 8) if open_flags else 0
-    needed = needs_windows(args.prune_method, args.steps)
-    drawn = inputs.read_calibration(args, tokenizer, more) if needed or more else None
-    inputs.check_vocabulary(args, outline, tokenizer, *evaluation.values(), drawn)
-    calibration = drawn[: args.nsamples] if needed else None
-    held_out = drawn[args.nsamples :] if more else None
+    needed, calibration, held_out = needs_windows(args.prune_method, args.steps), None, None
+    if open_flags:
+        first = max(args.nsamples, gradients.index.get("nsamples", PAPER_NSAMPLES) if gradients else 0)
+        drawn = inputs.read_calibration(args, tokenizer, first - args.nsamples + max(HELD_OUT, args.nsamples // 8))
+        calibration, held_out = drawn[: args.nsamples] if needed else None, drawn[first:]
+    elif needed:
+        calibration = inputs.read_calibration(args, tokenizer)
+    inputs.check_vocabulary(args, outline, tokenizer, *evaluation.values(), calibration, held_out)
     tasks = None
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
@@ -145,10 +150,10 @@ def prepare(args: argparse.Namespace) -> Run:
     phases = report.Phases(decoder.device)
     if decoder.skipped:  # only now known
         targets = targets_of(args, decoder)
-    asked = selection.total_ratio(decoder, targets)
+    share = selection.total_ratio(decoder, targets)
     logger.info(
         "pruning %d of %d linears, to a sparsity of %.4f over all of them",
-        sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), asked,
+        sum(map(len, targets.values())), sum(len(decoder.linears(i)) for i in range(len(decoder))), share,
     )  # fmt: skip
     if dense := checks.dense_shares(decoder):
         shown = ", ".join(f"{name} {share:.1%}" for name, share in dense.items())
@@ -166,7 +171,7 @@ def prepare(args: argparse.Namespace) -> Run:
         plan,
         tokenizer,
         targets,
-        asked,
+        share,
         gradients,
         calibration,
         held_out,
@@ -196,7 +201,9 @@ def point_out_earlier(run: Run) -> None:
     """Say which earlier results are replaced, and how this run differs from the one that made them."""
     save, model = run.args.save, run.args.save_model
     if save and (earlier := report.read(save)):
-        now, shown = run.settings, ("layer_ratios", "weights", "versions")
+        now, shown = run.settings, ["weights", "versions"]
+        if not ratios.is_line(run.args.layer_ratios):  # whose shares follow from the flag
+            shown.append("layer_ratios")
         before = {**earlier.get("flags", {}), **{key: earlier.get(key) for key in shown}}
         now = {
             key: value for key, value in {**now["flags"], **now}.items() if key in before and key not in ("save", "save_model")
@@ -286,18 +293,30 @@ def choose(run: Run, flag: str, values: Sequence) -> None:
     Neither activations nor gradients have seen those windows. The dense weights are read anew after every trial.
     """
     args, phase, tried = run.args, f"choose {flag}", run.tried.setdefault(flag, {})
+    if args.save_model and parallel.rank() == 0:  # which ends here if there is no room for it, not after the trials
+        store.Store(args.save_model, loading.dense_tensors(args.folder, run.decoder)).discard()
     for value in values:
-        run.args = argparse.Namespace(**vars(args) | {flag: value, "save_model": None})
+        run.args = argparse.Namespace(**vars(args) | {flag: value})
         run.targets = targets_of(run.args, run.decoder)
-        prune_model(run, phase)
+        try:
+            prune_model(run, phase, trial=True)
+            with run.phases(phase):
+                tried[value] = measure_windows(run, run.held_out, f"{flag} {value}")
+        except ValueError as error:  # weights that are not finite, in every process alike
+            logger.warning("--%s %s: %s", flag, value, error)
+            tried[value] = math.inf
         with run.phases(phase):
-            tried[value] = measure_windows(run, run.held_out, f"{flag} {value}")
             run.decoder = None  # before there is another
+            gc.collect()
             if run.scratch:
                 run.scratch.cleanup()
             run.decoder = inputs.load_weights(args, run.phases.device, run.plan.streamed)
         logger.info("--%s %s: perplexity %.4f on %d windows held out", flag, value, tried[value], len(run.held_out))
-    setattr(args, flag, min(tried, key=tried.get))
+    finite = {value: perplexity for value, perplexity in tried.items() if math.isfinite(perplexity)}
+    if not finite:
+        raise ValueError(f"no value of --{flag} that was tried gives a finite perplexity: give one, or use --dtype float32")
+    run.asked[flag] = getattr(args, flag)
+    setattr(args, flag, min(finite, key=finite.get))
     run.args, run.targets = args, targets_of(args, run.decoder)
     if parallel.rank() == 0:
         shown = ", ".join(f"{value} {perplexity:.2f}" for value, perplexity in tried.items())
@@ -306,18 +325,21 @@ def choose(run: Run, flag: str, values: Sequence) -> None:
         )
 
 
-def prune_model(run: Run, phase: str = "prune") -> Zeros:
-    """Prune, and write the checkpoint where one is asked for; a streamed model is read from there afterwards."""
+def prune_model(run: Run, phase: str = "prune", trial: bool = False) -> Zeros:
+    """Prune, and write the checkpoint where one is asked for, unless it is a trial; a streamed model is read from there
+    afterwards."""
     args, decoder, method = run.args, run.decoder, METHODS[run.args.prune_method]
+    run.errors.clear()
     written: store.Store | store.Scratch | None = None
     with contextlib.ExitStack() as unfinished:
-        if args.save_model and parallel.rank() == 0:
+        if args.save_model and not trial and parallel.rank() == 0:
             updated = method.score is None or args.steps.changes_survivors
             dense = loading.dense_tensors(args.folder, decoder)
             written = store.Store(args.save_model, dense, updated=updated)
             unfinished.callback(written.discard)
         elif run.plan.streamed:  # pruned blocks have to go somewhere
-            run.scratch = tempfile.TemporaryDirectory()
+            beside = Path(args.save_model).resolve().parent if args.save_model else None
+            run.scratch = tempfile.TemporaryDirectory(dir=beside if beside and beside.is_dir() else None)
             written = store.Scratch(run.scratch.name, decoder.source)
 
         def finished(i: int, block: torch.nn.Module) -> None:
@@ -371,9 +393,9 @@ def keep_results(run: Run, status: str) -> dict:
         "perplexity": perplexities[0],
         **({"perplexities": perplexities} if len(perplexities) > 1 else {}),
         **({"zero_shot": run.accuracy} if run.accuracy else {}),
-        **({"tried": run.tried} if run.tried else {}),
+        **({"chosen": {flag: getattr(args, flag) for flag in run.tried}, "tried": run.tried} if run.tried else {}),
         "sparsity": share_of_zeros(run.zeros),
-        "sparsity_asked": run.asked,
+        "sparsity_asked": run.share,
         "sparsity_by_block": report.by_linear(run.zeros),
         "errors_by_block": report.errors_by_linear(run.errors),
         "dense": checks.dense_shares(decoder),
@@ -395,7 +417,9 @@ def finish(run: Run) -> None:
     if not first:
         return
     if args.save_model and run.targets:  # else the folder is the dense one, its own card included
-        card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None)
+        card.write(
+            Path(args.save_model), results, f"python {shlex.join(sys.argv)}", run.calibration is not None or bool(run.tried)
+        )
     saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
     saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []
     logger.info("summary\n%s", tables.summary(results, saved))

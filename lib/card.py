@@ -60,11 +60,12 @@ def base_model(model: str, config: dict, dense: dict) -> str | list[str] | None:
 
 def body(results: dict, command: str, calibrated: bool, updated: bool) -> str:
     """The card below its front matter. `updated`: the surviving weights are not the dense model's."""
-    flags = results["flags"]
+    flags = results["flags"] | results.get("chosen", {})
     name, method = Path(flags["model"]).name, flags["prune_method"]
     shown = RECIPE + (CALIBRATION if calibrated else ())
     recipe = [(flag, value) for flag in shown if _used(flag, value := flags.get(flag))]
     recipe += [("alpha", flags["alpha"])] if method == "gblm" else []
+    recipe += [("chosen on calibration text left out", ", ".join(results["chosen"]))] if "chosen" in results else []
     survivors = "were updated, they are not the dense model's" if updated else "are the dense model's, bit for bit"
     parts = [
         f"# {name}, pruned with {method}",

@@ -82,12 +82,9 @@ def read_calibration(args: argparse.Namespace, tokenizer, more: int = 0) -> torc
     """The calibration windows (n, T) that the flags ask for, and `more` that are drawn after them; `settle_bos` comes first."""
     docs = sources.documents(args.dataset, args.data_dir, cache_dir=args.cache_dir, column=args.text_column)
     count, bos = args.nsamples + more, _bos(args, tokenizer)
-    try:
-        return windows.calibration_windows(
-            docs, tokenizer, count, args.seq_length, args.seed, args.pack, source=args.dataset, bos=bos
-        )
-    except ValueError as error:
-        raise ValueError(f"{error}; {more} windows are drawn beside the --nsamples") if more else error from None
+    return windows.calibration_windows(
+        docs, tokenizer, count, args.seq_length, args.seed, args.pack, source=args.dataset, bos=bos, beside=more
+    )
 
 
 def read_evaluation(args: argparse.Namespace, tokenizer, source: str) -> torch.Tensor:

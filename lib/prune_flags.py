@@ -182,9 +182,9 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             f"--use_variant is for {', '.join(name for name in METHODS if METHODS[name].variant)}, not {args.prune_method}"
         )
     try:
+        if ratios.is_line(args.layer_ratios) and (slope := ratios.slope_of(args.layer_ratios)) is not None:
+            args.layer_ratios = f"{ratios.LINE}:{slope:g}" if slope else None
         line = ratios.is_line(args.layer_ratios)
-        if line:
-            ratios.slope_of(args.layer_ratios)
         args.ratios = selection.read_ratios(args.layer_ratios) if args.layer_ratios and not line else None
         named_only = args.ratios and args.sparsity_type == "unstructured" and args.sparsity_ratio is None
         args.sparsity = None if named_only else Sparsity.parse(args.sparsity_type, args.sparsity_ratio)

@@ -26,6 +26,7 @@ from lib.results import Run
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"^(<!-- table ([^\n]+) -->)$.*?^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE)
 MEASURED = ("seeds", "dense", "perplexity", "rho", "sparsity", "seconds", "memory")
+PRUNING = {"choose alpha", "choose layer_ratios", "prune"}  # phases
 TITLES = {"seconds": "seconds: pruning + perplexity", "memory": "peak memory, GB"}
 
 
@@ -137,10 +138,13 @@ def cell(group: list[Run], name: str) -> str:
 
 def seconds_of(group: list[Run]) -> dict[str, float | None]:
     """Mean seconds of pruning and of the pruned model's perplexity; of a dense model, the latter alone."""
-    names = {"prune": ("prune",), "perplexity": ("pruned perplexity", "perplexity")}
+    names = {"prune": PRUNING, "perplexity": {"pruned perplexity", "perplexity"}}
     if group[0].settings["method"] == "dense":
         del names["prune"]
-    found = {name: [run.seconds[key] for run in group for key in keys if key in run.seconds] for name, keys in names.items()}
+    found = {
+        name: [sum(run.seconds.get(key, 0) for key in keys) for run in group if run.seconds.keys() & keys]
+        for name, keys in names.items()
+    }
     return {name: statistics.mean(values) if values else None for name, values in found.items()}
 
 

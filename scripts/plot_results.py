@@ -61,6 +61,7 @@ def sparsity_curve(runs: list[Run]):
 def alpha_curve(runs: list[Run]):
     """Perplexity against alpha, a panel for each pattern and ratio; a method without alpha of the same settings is a level."""
     panels = {}
+    runs = [run for run in runs if run.settings["alpha"] != "auto"]
     weighted = [run for run in runs if run.settings["alpha"]]
     for pattern, ratio in dict.fromkeys((run.settings["pattern"], run.settings["ratio"]) for run in weighted):
         here = [run for run in runs if (run.settings["pattern"], run.settings["ratio"]) == (pattern, ratio)]

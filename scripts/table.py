@@ -110,6 +110,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             for pattern in args.patterns
             for ratio in (args.ratios if pattern == "unstructured" else [None])
         ]
+        args.layer_ratios = list(dict.fromkeys(args.layer_ratios))
+        if any(args.layer_ratios):
+            for ratio in args.ratios:
+                ratios.line(0.0, [1], ratio)
         sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         args.done = rows_of(args.output)
         files.check_writable(args.output.parent)

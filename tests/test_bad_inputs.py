@@ -222,10 +222,12 @@ CASES = {
     "a share for each block under N:M": (MAIN, 2, lambda p: p.use("--layer_ratios", "line", "--sparsity_type", "2:4"), "--layer_ratios line gives every block its own share, 2:4 is one for all"),
     "shares of blocks for a few linears": (MAIN, 2, lambda p: p.use("--layer_ratios", "line:0.3", "--exclude", "*.o_proj"), "--layer_ratios line:0.3 balances whole blocks: leave --include, --exclude, --layer_no out"),
     "shares of blocks beyond what they spare": (MAIN, 2, lambda p: p.use("--layer_ratios", "line", "--sparsity_ratio", "0.97"), "--layer_ratios line removes at most 0.95 of a block, not 0.97"),
+    "ratios that are none": (MAIN, 2, lambda p: p.use("--layer_ratios", "owl"), "--layer_ratios owl is no file, nor line or line:SLOPE, such as line:0.3"),
+    "shares of blocks beyond what they spare, in a table": (TABLE, 2, lambda p: p.use("--layer_ratios", "line:0.3", "--ratios", "0.97"), "removes at most 0.95 of a block, not 0.97"),
     "a line without a number": (MAIN, 2, lambda p: p.use("--layer_ratios", "line:steep"), "--layer_ratios line:steep has no slope from -1 to 1 behind the colon: write line, or line:0.3"),
     "a line too steep": (MAIN, 2, lambda p: p.use("--layer_ratios", "line:30"), "--layer_ratios line:30 has no slope from -1 to 1"),
     "a slope of nothing": (TABLE, 2, lambda p: p.use("--layer_ratios", "line"), "--layer_ratios: line is neither equal nor line:SLOPE"),
-    "no text to choose alpha on": (MAIN, 1, lambda p: p.use("--prune_method", "gblm", "--gradient_path", p.gradients, "--alpha", "auto", "--pack", "--nsamples", 5000), "windows of 16: use fewer --nsamples"),
+    "no text to choose alpha on": (MAIN, 1, lambda p: p.use("--prune_method", "gblm", "--gradient_path", p.gradients, "--alpha", "auto", "--pack", "--nsamples", 74), "fewer than 83 windows of 16: use fewer --nsamples (at most 69)"),
     "the LM head's ratio": (MAIN, 1, lambda p: p.use("--layer_ratios", p.write("r.json", '{"*lm_head*": 0.1}')), "--layer_ratios '*lm_head*' means lm_head, which is never pruned"),
     # places to write
     "save over a file": (MAIN, 2, lambda p: p.use("--save", p.text), "--save cannot be written"),

@@ -341,7 +341,8 @@ def test_alpha_is_chosen_on_windows_held_out(flags, gradients, text, tmp_path, m
     results = json.loads((tmp_path / "results.json").read_text())
     tried = {float(alpha): perplexity for alpha, perplexity in results["tried"]["alpha"].items()}
     assert tuple(tried) == pruning.ALPHAS and len(set(tried.values())) > 2
-    chosen = results["flags"]["alpha"]
+    chosen = results["chosen"]["alpha"]
+    assert results["flags"]["alpha"] == "auto"
     assert tried[chosen] == min(tried.values()) and f"--alpha {chosen} chosen" in printed
     held_out = [windows for windows in measured if len(windows) == pruning.HELD_OUT]
     assert len(held_out) == len(tried) and results["phases"]["choose alpha"]["seconds"] > 0

@@ -32,12 +32,13 @@ def calibration_windows(
     *,
     source: str = "",
     bos: int | None = None,
+    beside: int = 0,
 ) -> torch.Tensor:
     """Draw `nsamples` windows of `seq_length` tokens: (n, T) int64, the same for the same seed, tokenizer and documents.
 
     As published: one `random.Random(seed)` draws a document until one has more than T tokens, then the window's start in
     it. Of a source in JOINED, all text is one stream, and only starts are drawn. With `pack`, documents are drawn in random
-    order without repetition, joined with the EOS token and cut.
+    order without repetition, joined with the EOS token and cut. `beside` of the windows are not those of --nsamples.
 
     Raises:
         ValueError: no document is longer than T tokens, or (packed, joined) all of them together are too short.
@@ -45,7 +46,7 @@ def calibration_windows(
     rng = random.Random(seed)
     length = seq_length - (bos is not None)
     if pack:
-        windows = _packed_windows(TokenizedDocuments(docs, tokenizer, bos), nsamples, length, rng)
+        windows = _packed_windows(TokenizedDocuments(docs, tokenizer, bos), nsamples, length, rng, beside)
     elif source in JOINED:
         stream = _joined(docs, tokenizer, JOINED[source], bos)
         windows = _stream_windows(stream, nsamples, length, rng)
@@ -119,7 +120,9 @@ def _stream_windows(stream: torch.Tensor, nsamples: int, length: int, rng: rando
     return [stream[start : start + length] for start in starts]
 
 
-def _packed_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
+def _packed_windows(
+    docs: TokenizedDocuments, nsamples: int, length: int, rng: random.Random, beside: int
+) -> list[torch.Tensor]:
     end = docs.tokenizer.eos_token_id
     if end is None:
         raise ValueError("--pack joins documents with the EOS token, and this tokenizer has none: set one, or do not pack")
@@ -130,7 +133,8 @@ def _packed_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng: r
         progress("%d of %d windows packed", total // length, nsamples)
         if total >= nsamples * length:
             return list(torch.cat(parts)[: nsamples * length].split(length))
-    fewer = f"use fewer --nsamples (at most {total // length}), " if total >= length else "use "
+    most = total // length - beside
+    fewer = f"use fewer --nsamples (at most {most}), " if most > 0 else "use "
     raise ValueError(
         f"all {len(docs)} documents packed hold {total} tokens, fewer than {nsamples} windows of {length}: "
         f"{fewer}a shorter --seq_length or more text"

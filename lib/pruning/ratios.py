@@ -47,7 +47,13 @@ def line(slope: float, weights: list[int], ratio: float) -> list[float]:
 
 
 def balanced(shares: list[float], weights: list[int], ratio: float) -> list[float]:
-    """Shares shifted by one number and kept within [0, MOST], such that they remove `ratio`, at most MOST, of all `weights`."""
+    """Shares shifted by one number and kept within [0, MOST], such that they remove `ratio` of all `weights`.
+
+    Raises:
+        ValueError: `ratio` is above MOST.
+    """
+    if ratio > MOST:
+        raise ValueError(f"--layer_ratios {LINE} removes at most {MOST} of a block, not {ratio:g}")
     if ratio == 0:
         return [0.0] * len(shares)
     values, sizes = torch.tensor(shares, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
@@ -56,4 +62,5 @@ def balanced(shares: list[float], weights: list[int], ratio: float) -> list[floa
         middle = (low + high) / 2
         reached = ((values + middle).clamp(0, MOST) * sizes).sum() / sizes.sum()
         low, high = (middle, high) if reached < ratio else (low, middle)
-    return (values + high).clamp(0, MOST).tolist()
+    # Rounded, for a share a bit below 0.6 would remove one weight fewer of every row of 5120.
+    return [round(share, 12) for share in (values + high).clamp(0, MOST).tolist()]

@@ -92,6 +92,8 @@ def read_ratios(path: str) -> dict[str, float | str]:
     Raises:
         OSError: no such file. ValueError: not a JSON object of numbers in [0, 1), N:M patterns and "dense".
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--layer_ratios {path} is no file, nor line or line:SLOPE, such as line:0.3")
     try:
         ratios = json.loads(Path(path).read_text())
     except ValueError as error:  # not JSON, or not text

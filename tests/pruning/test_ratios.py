@@ -31,6 +31,12 @@ def test_no_share_leaves_its_range(ratio, slope):
     assert (shares[0] + shares[1] + 2 * shares[2]) / 4 == pytest.approx(ratio, abs=1e-9)
 
 
+def test_a_line_without_slope_removes_as_many_as_equal_shares():
+    """Of every row, which is rounded down."""
+    for count, width, ratio in ((40, 5120, 0.6), (28, 8960, 0.6), (40, 5120, 0.15), (32, 4096, 0.3), (3, 11008, 0.7)):
+        assert {int(width * share) for share in ratios.line(0.0, [7] * count, ratio)} == {int(width * ratio)}
+
+
 def test_blocks_without_matrices_have_no_share(monkeypatch):
     decoder = tiny_decoder()
     linears = decoder.linears
@@ -70,13 +76,16 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     command += ["--prune_method", method, "--memory", memory, "--dtype", "float32", "--save_model"]
     printed = run(*command, tmp_path / "line", "--layer_ratios", "line")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    tried, chosen = results["tried"]["layer_ratios"], results["flags"]["layer_ratios"]
+    tried, chosen = results["tried"]["layer_ratios"], results["chosen"]["layer_ratios"]
+    assert results["flags"]["layer_ratios"] == "line"
     assert list(tried) == pruning.LINES and len(set(tried.values())) == len(tried)
     assert tried[chosen] == min(tried.values()) and f"--layer_ratios {chosen} chosen" in printed
     slope = float(chosen.partition(":")[2])
     assert results["layer_ratios"]["2"] - results["layer_ratios"]["0"] == pytest.approx(slope)
     assert results["phases"]["choose layer_ratios"]["seconds"] > 0
 
+    card = (tmp_path / "line" / "README.md").read_text()
+    assert chosen in card and "calibration text left out" in card and "text.jsonl" in card
     run(*command, tmp_path / "given", "--layer_ratios", chosen)
     line, given = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("line", "given"))
     assert line == given
@@ -84,3 +93,31 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     assert len(held_out) == len(tried) and all(torch.equal(windows, held_out[0]) for windows in held_out)
     model = loading.load(str(tmp_path / "given"), dtype="float32", device="cpu")
     assert perplexity(model, held_out[0]) == pytest.approx(tried[chosen], rel=1e-5)
+
+
+def test_a_value_that_fails_is_not_chosen(command, tmp_path, monkeypatch, caplog):
+    """Weights that are not finite, or a perplexity that is not; and nothing of a trial is left in the results."""
+    prune, perplexity = pruning.prune, pruning.perplexity
+    slopes = []
+
+    def failing(decoder, windows, *, sparsity, measured, **how):
+        shares = [sparsity[i]["mlp.up_proj"].ratio if i in sparsity else 0.0 for i in (0, 2)]
+        slopes.append(round(shares[1] - shares[0], 2))
+        measured(7, {"trial": (len(slopes), 0.0)})
+        if slopes[-1] == 0.15:
+            raise ValueError("model.layers.0.mlp.up_proj: scores or updated weights are not finite")
+        return prune(decoder, windows, sparsity=sparsity, measured=measured, **how)
+
+    def measured(decoder, windows, **how):
+        failed = len(windows) == pruning.HELD_OUT and slopes[-1] == 0
+        return float("nan") if failed else perplexity(decoder, windows, **how)
+
+    monkeypatch.setattr(pruning, "prune", failing)
+    monkeypatch.setattr(pruning, "perplexity", measured)
+    run(*command, "--prune_method", "wanda", "--layer_ratios", "line", "--update", "obs", "--sparsity_ratio", 0.2)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    tried = results["tried"]["layer_ratios"]
+    assert (tried["line:0"], tried["line:0.15"]) == ("nan", "inf") and "line:0.15: model.layers.0" in caplog.text
+    assert results["chosen"]["layer_ratios"] not in ("line:0", "line:0.15")
+    assert results["errors_by_block"]["7"]["linears"]["trial"]["masked"] == len(slopes)
+    assert results["errors_by_block"].keys() - {"7"} == {i for i, share in results["layer_ratios"].items() if share}
