@@ -17,6 +17,7 @@ from lib.models import fingerprint, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.prune import METHODS, prune
+from lib.pruning.update import RECIPES, Recipe
 
 CPU = torch.device("cpu")
 N = 3  # samples
@@ -145,6 +146,23 @@ def test_pruned_weights_are_the_cpus_and_wait_for_the_device_once_a_block(method
     assert traffic["uploads"] == bool(rule.statistic) + rule.gradients * BLOCKS * LINEARS
 
 
+@pytest.mark.parametrize("recipe", [*RECIPES, "obs"])
+def test_what_updates_wait_for(recipe):
+    steps, weights = RECIPES.get(recipe, Recipe("obs")), []
+    for device in (CPU, DEVICE):
+        decoder = on(device)
+        with counted() as traffic:
+            prune(decoder, windows_on_host(), method="wanda", sparsity=Sparsity.parse("2:4"), recipe=steps)
+        weights.append({name: tensor.cpu() for name, tensor in decoder.model.state_dict().items()})
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    streams = 1 + steps.follows_dense
+    entering = streams * (2 * N + 1) - 1  # the head, and the arguments against those before, of every sample of both streams
+    trained = 3 + steps.epochs if steps.epochs else 0  # learning rates, the errors before and after each epoch, those to tell
+    greedy = LINEARS if steps.update == "obs" else 0  # torch.cholesky_inverse
+    assert traffic["waits"] == entering + BLOCKS * (2 + trained + greedy)  # the zeros, the linears' errors
+    assert traffic["downloads"] == BLOCKS * (2 + (steps.epochs > 0))
+
+
 def test_fingerprints_are_the_cpus_and_come_in_one_copy():
     here, there = on(CPU), on(DEVICE)
     with counted() as traffic:
@@ -216,6 +234,10 @@ def test_the_gradient_command_writes_the_cpus_norms(shared, memory, dtype, tmp_p
         ("gblm", ["--sparsity_type", "2:4"]),
         ("gblm", ["--sparsity_ratio", 0.5, "--gradient_inv", "--dtype", "bfloat16"]),
         ("sparsegpt", ["--sparsity_type", "2:4"]),
+        ("wanda", ["--sparsity_type", "2:4", "--recipe", "fast"]),
+        ("sparsegpt", ["--sparsity_ratio", 0.5, "--recipe", "best"]),
+        ("magnitude", ["--sparsity_type", "2:4", "--update", "obs", "--stages", 2, "--dtype", "bfloat16"]),
+        ("gblm", ["--sparsity_ratio", 0.5, "--alpha", "auto", "--layer_ratios", "line"]),
     ],
 )
 def test_the_pruning_command_writes_the_cpus_checkpoint(shared, gradients, method, more, tmp_path):

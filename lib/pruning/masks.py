@@ -106,10 +106,11 @@ def lowest_of(mask: torch.Tensor, score: torch.Tensor, share: float) -> torch.Te
 
     Rows, and groups of N:M, get there at different times (arXiv 2401.02938 does so at 2:4). Equal scores go together.
     """
-    count = int(mask.sum() * share)
-    if count == 0:
-        return torch.zeros_like(mask)
-    return mask & (score <= value_at(torch.where(mask, score, torch.inf), count - 1))
+    count, marked = mask.sum() * share, torch.where(mask, score, torch.inf)
+    if score.device.type == "cpu":
+        return mask & (score <= value_at(marked, int(count) - 1)) if count >= 1 else torch.zeros_like(mask)
+    position = count.long() - 1  # sorted, which takes longer, but nobody has to wait to know how many they are
+    return mask & (score <= marked.flatten().sort().values.gather(0, position.clamp(min=0)[None])) & (position >= 0)
 
 
 def value_at(values: torch.Tensor, position: int) -> torch.Tensor:

@@ -57,7 +57,8 @@ def reconstruct(
 
     batch = max(BATCH, parallel.world())
     steps = -(-len(training) // batch)
-    groups = [{"params": [weight], "lr": rate * _scale(weight, kept[name])} for name, weight in weights.items()]
+    scales = torch.stack([_scale(weight, kept[name]) for name, weight in weights.items()]).tolist()
+    groups = [{"params": [weight], "lr": rate * scale} for weight, scale in zip(weights.values(), scales, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * steps)
     generator = torch.Generator().manual_seed(i)
@@ -103,9 +104,9 @@ def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[
     return stored, kept
 
 
-def _scale(weight: torch.Tensor, kept: torch.Tensor) -> float:
+def _scale(weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The root mean square of the kept weights, 0 if none are."""
-    return (weight.square().mul(kept).sum() / kept.sum().clamp(min=1)).sqrt().item()
+    return (weight.square().mul(kept).sum() / kept.sum().clamp(min=1)).sqrt()
 
 
 def _batches(samples: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[list[int]]:
