@@ -165,12 +165,13 @@ def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
         assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3
 
 
-def test_main_with_two_processes(saved_model, documents, tmp_path):
+@pytest.mark.parametrize("pattern", [["--sparsity_type", "2:4"], ["--sparsity_ratio", 0.5, "--layer_ratios", "line"]])
+def test_main_with_two_processes(saved_model, documents, tmp_path, pattern):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     command = [
         "main.py", "--model", saved_model, "--dataset", text, "--eval_dataset", text, "--nsamples", 5, "--seq_length", 16,
-        "--cache_dir", tmp_path, "--dtype", "float32", "--prune_method", "wanda", "--sparsity_type", "2:4",
+        "--cache_dir", tmp_path, "--dtype", "float32", "--prune_method", "wanda", *pattern,
     ]  # fmt: skip
     saved = ["--memory", "streamed", "--save", tmp_path / "two", "--save_model", tmp_path / "two" / "model"]
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, *saved)
@@ -182,8 +183,15 @@ def test_main_with_two_processes(saved_model, documents, tmp_path):
     assert two["perplexity"]["dense"] == pytest.approx(one["perplexity"]["dense"], rel=1e-6)
     assert two["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=1e-3)  # a near tie may differ
     assert printed.count("pruned perplexity") == 1
+    if "line" in pattern:
+        assert two["tried"]["layer_ratios"] == pytest.approx(one["tried"]["layer_ratios"], rel=1e-2)
+        assert printed.count("chosen") == 1 and sorted(two["layer_ratios"]) == ["0", "1", "2"]
     saved = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    assert all((weight == 0).float().mean() == 0.5 for name, weight in saved.items() if name.endswith("proj.weight"))
+    shares = {f"layers.{i}.": share for i, share in (two["layer_ratios"] or dict.fromkeys("012", 0.5)).items()}
+    for name, weight in saved.items():
+        if name.endswith("proj.weight"):
+            asked = next(share for block, share in shares.items() if block in name)
+            assert ((weight == 0).sum(1) == int(weight.shape[1] * asked)).all()
 
 
 @pytest.mark.parametrize("memory", ["streamed", "resident"])
