@@ -169,11 +169,13 @@ def test_figures_of_the_readme_are_the_model_zoos():
     for method, *values in cells(published)[2:]:
         assert values == [measured[method, pattern] for pattern in ("unstructured", "4:8", "2:4")]
     rows = cells(zoo.split("### Updates")[1].split("end of table")[0])[2:]
-    measured = {(method, pattern): found for pattern, _, method, found, *_ in rows}
-    assert f"dense {measured['dense', '']}" in updates and len(cells(updates)) == 6
-    for method, *values in cells(updates)[2:]:
-        method = method.replace(", `--recipe", "").replace("`", "")
-        assert values == [measured.get((method, pattern), "-") for pattern in ("unstructured", "2:4")]
+    measured = {(method, shares, pattern, ratio): found for pattern, ratio, method, shares, found, *_ in rows}
+    assert f"dense {measured['dense', '', '', '']}" in updates and len(cells(updates)) == 8
+    patterns = (("unstructured", "0.5"), ("unstructured", "0.7"), ("4:8", "0.5"), ("2:4", "0.5"))
+    for row in cells(updates)[2:]:
+        method, *values = row
+        method, _, shares = method.replace(", `--recipe", "").replace("`", "").partition(" --layer_ratios ")
+        assert values == [measured.get((method, shares, *place), "-") for place in patterns]
 
 
 # Flags
