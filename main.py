@@ -30,7 +30,7 @@ from lib.gradients.folder import GradientNorms
 from lib.models import checks, fingerprint, loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import ratios, selection
-from lib.pruning.prune import METHODS, Errors, Zeros, needs_windows, prune, share_of_zeros
+from lib.pruning.prune import METHODS, Errors, NotFinite, Zeros, needs_windows, prune, share_of_zeros
 
 logger = logging.getLogger("main")
 
@@ -302,7 +302,7 @@ def choose(run: Run, flag: str, values: Sequence) -> None:
             prune_model(run, phase, trial=True)
             with run.phases(phase):
                 tried[value] = measure_windows(run, run.held_out, f"{flag} {value}")
-        except ValueError as error:  # weights that are not finite, in every process alike
+        except NotFinite as error:  # in every process alike
             logger.warning("--%s %s: %s", flag, value, error)
             tried[value] = math.inf
         with run.phases(phase):

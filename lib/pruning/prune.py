@@ -25,6 +25,10 @@ PAPER_ALPHA = 100.0  # arXiv 2311.04902, section 4; the published gradient files
 MAX_ALPHA = 1e30  # scores are fp32, and above 1e8 the activation term is lost in their rounding anyway
 
 
+class NotFinite(ValueError):
+    """Scores or updated weights of a linear are NaN or infinite: of these settings, and perhaps not of others."""
+
+
 @dataclass(frozen=True)
 class Method:
     """How a method decides: by a score and a mask, or (`statistic` is a Hessian, no score) by SparseGPT's solver."""
@@ -140,7 +144,7 @@ def prune(
         measured: called with the errors of every block whose surviving weights change.
 
     Raises:
-        ValueError: an N:M pattern that does not divide a linear, or one whose scores, or updated weights, are not finite.
+        ValueError: an N:M pattern that does not divide a linear. NotFinite: scores, or updated weights, of one.
     """
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
     rule, options = METHODS[method], {"alpha": alpha, "inverse": gradient_inv, "use_variant": use_variant}
@@ -181,7 +185,7 @@ def prune(
                 )
             zeros[i], broken = _look(linears, sound)
             if broken:
-                raise ValueError(f"{decoder.prefixes[i]}{broken[0]}: {_remedy(rule, recipe)}")
+                raise NotFinite(f"{decoder.prefixes[i]}{broken[0]}: {_remedy(rule, recipe)}")
             if errors:
                 measured(i, _tell(i, errors))
             finished(i, block)

@@ -10,6 +10,7 @@ from test_commands import run
 import main as pruning
 from lib.models import loading
 from lib.pruning import ratios
+from lib.pruning.prune import NotFinite
 
 
 def test_shares_rise_from_block_to_block_and_the_total_is_met():
@@ -105,7 +106,7 @@ def test_a_value_that_fails_is_not_chosen(command, tmp_path, monkeypatch, caplog
         slopes.append(round(shares[1] - shares[0], 2))
         measured(7, {"trial": (len(slopes), 0.0)})
         if slopes[-1] == 0.15:
-            raise ValueError("model.layers.0.mlp.up_proj: scores or updated weights are not finite")
+            raise NotFinite("model.layers.0.mlp.up_proj: scores or updated weights are not finite")
         return prune(decoder, windows, sparsity=sparsity, measured=measured, **how)
 
     def measured(decoder, windows, **how):
@@ -121,3 +122,17 @@ def test_a_value_that_fails_is_not_chosen(command, tmp_path, monkeypatch, caplog
     assert results["chosen"]["layer_ratios"] not in ("line:0", "line:0.15")
     assert results["errors_by_block"]["7"]["linears"]["trial"]["masked"] == len(slopes)
     assert results["errors_by_block"].keys() - {"7"} == {i for i, share in results["layer_ratios"].items() if share}
+
+
+def test_what_no_other_value_would_mend_ends_the_run_at_once(command, monkeypatch):
+    """Such as a gradient file that is damaged: not after as many trials as there are values."""
+    calls = []
+
+    def damaged(*given, **how):
+        calls.append(given)
+        raise ValueError("block_0.safetensors is corrupted")
+
+    monkeypatch.setattr(pruning, "prune", damaged)
+    with pytest.raises(ValueError, match="corrupted"):
+        run(*command, "--prune_method", "wanda", "--layer_ratios", "line")
+    assert len(calls) == 1
