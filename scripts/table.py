@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.layer_ratios = list(dict.fromkeys(args.layer_ratios))
         if any(args.layer_ratios):
             for ratio in args.ratios:
-                ratios.line(0.0, [1], ratio)
+                ratios.check(ratio)
         sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         args.done = rows_of(args.output)
         files.check_writable(args.output.parent)

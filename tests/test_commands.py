@@ -325,18 +325,23 @@ def test_gradients_of_other_samples_are_pointed_out(flags, gradients, text, capl
     assert "--seed" not in caplog.text
 
 
+def windows_measured(monkeypatch) -> list[torch.Tensor]:
+    """Filled with the windows of every perplexity that main.py measures from here on."""
+    perplexity, measured = pruning.perplexity, []
+    monkeypatch.setattr(
+        pruning,
+        "perplexity",
+        lambda decoder, windows, **how: (measured.append(windows), perplexity(decoder, windows, **how))[1],
+    )
+    return measured
+
+
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_alpha_is_chosen_on_windows_held_out(flags, gradients, text, tmp_path, monkeypatch, memory):
     """And the model is that of a run with this alpha, from windows that `--alpha auto` leaves as they are."""
     command = [*flags, "--prune_method", "gblm", "--gradient_path", gradients, "--sparsity_type", "2:4", "--eval_dataset", text]
     command += ["--memory", memory]
-    measured = []
-    original = pruning.perplexity
-    monkeypatch.setattr(
-        pruning,
-        "perplexity",
-        lambda decoder, windows, **more: (measured.append(windows), original(decoder, windows, **more))[1],
-    )
+    original, measured = pruning.perplexity, windows_measured(monkeypatch)
     printed = run("main.py", *command, "--alpha", "auto", "--save", tmp_path, "--save_model", tmp_path / "auto")
     results = json.loads((tmp_path / "results.json").read_text())
     tried = {float(alpha): perplexity for alpha, perplexity in results["tried"]["alpha"].items()}

@@ -47,7 +47,9 @@ class Drift(ExactHessian):
 
     def result(self, nsamples: int) -> torch.Tensor:
         """`H = (2 / n) sum_s X_s X_s^T` and `C = (2 / n) sum_s (Z_s - X_s) X_s^T`, n in sequences; (2, in, in)."""
-        return torch.stack([self.total, self.cross - self.total]) * (2 / nsamples)
+        both = torch.stack([self.total, self.cross])
+        both[1] -= both[0]  # in place: each is as large as a Hessian
+        return both.mul_(2 / nsamples)
 
 
 def target(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, share: float) -> torch.Tensor:

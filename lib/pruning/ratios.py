@@ -46,14 +46,19 @@ def line(slope: float, weights: list[int], ratio: float) -> list[float]:
     return balanced([slope * i / last for i in range(len(weights))], weights, ratio)
 
 
+def check(ratio: float) -> None:
+    """Raise ValueError if no shares of a line remove so much."""
+    if ratio > MOST:
+        raise ValueError(f"--layer_ratios {LINE} removes at most {MOST} of a block, not {ratio:g}")
+
+
 def balanced(shares: list[float], weights: list[int], ratio: float) -> list[float]:
     """Shares shifted by one number and kept within [0, MOST], such that they remove `ratio` of all `weights`.
 
     Raises:
         ValueError: `ratio` is above MOST.
     """
-    if ratio > MOST:
-        raise ValueError(f"--layer_ratios {LINE} removes at most {MOST} of a block, not {ratio:g}")
+    check(ratio)
     if ratio == 0:
         return [0.0] * len(shares)
     values, sizes = torch.tensor(shares, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_decoder
-from test_commands import run
+from test_commands import run, windows_measured
 
 import main as pruning
 from lib.models import loading
@@ -67,13 +67,7 @@ def test_a_run_with_a_slope(command, tmp_path, memory):
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, memory, method):
     """And the model is that of a run with this slope."""
-    measured = []
-    perplexity = pruning.perplexity
-    monkeypatch.setattr(
-        pruning,
-        "perplexity",
-        lambda decoder, windows, **how: (measured.append(windows), perplexity(decoder, windows, **how))[1],
-    )
+    perplexity, measured = pruning.perplexity, windows_measured(monkeypatch)
     command += ["--prune_method", method, "--memory", memory, "--dtype", "float32", "--save_model"]
     printed = run(*command, tmp_path / "line", "--layer_ratios", "line")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
