@@ -200,10 +200,11 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--layer_ratios {args.layer_ratios} gives every block its own share, {args.sparsity_type} is one for all")
     if line and (args.include or args.exclude or args.layer_no != -1):
         parser.error(f"--layer_ratios {args.layer_ratios} balances whole blocks: leave --include, --exclude, --layer_no out")
-    if line and args.sparsity.ratio > ratios.MOST:
-        parser.error(
-            f"--layer_ratios {args.layer_ratios} removes at most {ratios.MOST} of a block, not {args.sparsity.ratio:g}"
-        )
+    if line:
+        try:
+            ratios.check(args.sparsity.ratio)
+        except ValueError as error:
+            parser.error(str(error))
     if args.layer_no < -1:
         parser.error(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     if args.use_variant and args.sparsity_type != "unstructured":
