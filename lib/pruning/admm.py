@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from lib.pruning.precision import shortened
 from lib.pruning.sparsegpt import dampen
 
 PENALTY = 1.0  # rho, of leaving the mask, in units of each input's own diagonal entry of H
@@ -24,6 +25,9 @@ def solve(
     V is free, Z obeys the mask, U adds up what lies between. Wanda's score of A is |A| scaled by the square root of D, the
     measure of that paper; any other score does as well. A weight may return until the last stage.
 
+    V is also `W + (Z - U - W) rho D (H + rho D)^-1`: one product a stage, of a correction, which may be rounded to fewer
+    bits than a weight.
+
     Args:
         weight: W, (out, in), any float dtype.
         hessian: H, (in, in); damped here, consumed.
@@ -38,11 +42,13 @@ def solve(
     lower = torch.linalg.cholesky_ex(hessian + penalty.diag())[0]
     # Not cholesky_inverse, whose LAPACK routine takes ten times as long.
     inverse = torch.cholesky_solve(torch.eye(len(lower), out=torch.empty_like(lower)), lower)
-    goal, pull = (dense @ hessian) @ inverse, penalty[:, None] * inverse
-    wanted = dense
-    for share in shares:
+    pull = penalty[:, None] * inverse
+    mask = choose(dense, shares[0])
+    kept, dual = dense.masked_fill(mask, 0), dense.masked_fill(~mask, 0)
+    for share in shares[1:]:
+        with shortened(dense.device):
+            wanted = (dense + dual).addmm_((kept - dual).sub_(dense), pull)
         mask = choose(wanted, share)
         kept = wanted.masked_fill(mask, 0)
         dual = wanted - kept
-        wanted = torch.addmm(goal + dual, kept - dual, pull)
     return mask, kept

@@ -34,21 +34,20 @@ def solve(
     dead = dampen(hessian)
     keep, dense = ~(mask | dead), weight.to(hessian.dtype).masked_fill(dead, 0)
     start = (dense if start is None else start.to(hessian.dtype)) * keep
-    v, scale = start.clone(), hessian.diagonal()
-    slope = (dense - start) @ hessian  # half the negative gradient of the error
-    before = _rows(slope, dense - start)
-    residual = slope.mul_(keep)
-    direction = residual / scale
-    size = _rows(residual, direction)
+    v, precondition = start.clone(), keep / hessian.diagonal()
+    rest = (dense - start) @ hessian  # half the negative gradient of the error, on the mask as well
+    before = _rows(rest, dense - start)
+    direction = rest * precondition
+    size = _rows(rest, direction)
     for _ in range(steps):
-        image = (direction @ hessian).mul_(keep)
+        image = direction @ hessian
         length = _quotient(size, _rows(direction, image))
         v.addcmul_(length, direction)
-        residual.addcmul_(length, image, value=-1)
-        preconditioned = residual / scale
-        previous, size = size, _rows(residual, preconditioned)
-        direction = preconditioned.addcmul_(_quotient(size, previous), direction)
-    after = _rows((dense - v) @ hessian, dense - v)
+        rest.addcmul_(length, image, value=-1)
+        steepest = rest * precondition
+        previous, size = size, _rows(rest, steepest)
+        direction = steepest.addcmul_(_quotient(size, previous), direction)
+    after = _rows(rest, dense - v)
     return torch.where(after > before, start, v)  # not where either is NaN: that has to be seen
 
 

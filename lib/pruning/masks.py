@@ -106,7 +106,7 @@ def lowest_of(mask: torch.Tensor, score: torch.Tensor, share: float) -> torch.Te
 
     Rows, and groups of N:M, get there at different times (arXiv 2401.02938 does so at 2:4). Equal scores go together.
     """
-    count, marked = mask.sum() * share, torch.where(mask, score, torch.inf)
+    count, marked = torch.count_nonzero(mask) * share, torch.where(mask, score, torch.inf)
     if score.device.type == "cpu":
         return mask & (score <= value_at(marked, int(count) - 1)) if count >= 1 else torch.zeros_like(mask)
     position = count.long() - 1  # sorted, which takes longer, but nobody has to wait to know how many they are

@@ -1,11 +1,11 @@
 """SparseGPT (arXiv 2301.00774): the Hessian of a linear's reconstruction error in, a pruned and updated weight out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from lib.pruning import masks
+from lib.pruning.precision import is_exact, shortened
 
 COLUMN_BLOCK = 128  # columns solved together; the update of all columns to their right is then one matrix product
 DAMPING = 0.01  # of the Hessian's mean diagonal, so that its Cholesky factor exists
@@ -46,18 +46,9 @@ class ExactHessian(Hessian):
             super().add(inputs)
 
     @staticmethod
-    @contextmanager
-    def exact(inputs: torch.Tensor) -> Iterator[None]:
+    def exact(inputs: torch.Tensor) -> AbstractContextManager:
         """While open, products of what `inputs` were cast to in fp32 are left to the units for their own dtype."""
-        backend, format = (torch.backends.mkldnn, "bf16") if inputs.device.type == "cpu" else (torch.backends.cuda, "tf32")
-        holds = inputs.dtype == torch.bfloat16 or (inputs.dtype == torch.float16 and format == "tf32")
-        before = backend.matmul.fp32_precision
-        try:
-            if holds:
-                backend.matmul.fp32_precision = format
-            yield
-        finally:
-            backend.matmul.fp32_precision = before
+        return shortened(inputs.device) if is_exact(inputs.dtype, inputs.device) else nullcontext()
 
 
 def dampen(hessian: torch.Tensor) -> torch.Tensor:

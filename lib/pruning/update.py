@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.pruning import admm, asymmetric, least_squares, sparsegpt
+from lib.pruning.precision import shortened
 
 UPDATES = ("none", "obs", "lsq")
 POLISH_STEPS = 3  # of conjugate gradients behind the stages, whose weights are near the solution already
@@ -99,9 +100,10 @@ def solve(
 def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Of a linear's outputs on the calibration samples, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), for V masked alone and as it is.
 
-    `dense` is W and `pruned` V, (out, in); the mask is where V is zero.
+    `dense` is W and `pruned` V, (out, in); the mask is where V is zero. They are to be read, not computed with: a product
+    may be rounded to three digits.
     """
     w, v = dense.to(hessian.dtype), pruned.to(hessian.dtype)
-    masked = w.masked_fill(v == 0, 0)
-    power, before, after = (((d @ hessian) * d).sum() for d in (w, w - masked, w - v))
+    with shortened(hessian.device):
+        power, before, after = ((d @ hessian).mul_(d).sum() for d in (w, w.masked_fill(v != 0, 0), w - v))
     return torch.stack([before, after]) / power

@@ -1,0 +1,52 @@
+"""Mask and weights together against the paper's iteration, written out with an inverse."""
+
+import pytest
+import torch
+from test_least_squares import damped, problem
+
+from lib.pruning import admm, update
+from lib.pruning.masks import lowest_of, n_of_m, per_row
+
+
+def choose(weight: torch.Tensor, share: float, score: torch.Tensor, pattern: str) -> torch.Tensor:
+    mask = per_row(score, 0.5) if pattern == "row" else n_of_m(score, 2, 4)
+    return mask if share == 1 else lowest_of(mask, score, share)
+
+
+@pytest.mark.parametrize("pattern", ["row", "2:4"])
+@pytest.mark.parametrize("stages", [2, 5])
+@pytest.mark.parametrize("dead", [(), (3, 17)])
+def test_stages_are_those_of_the_paper(pattern, stages, dead):
+    weight, _, hessian = problem(48, tokens=200, dead=dead)
+    h, dense = damped(hessian), weight.double()
+    dense[:, list(dead)] = 0
+    rho = admm.PENALTY * h.diagonal().diag()
+
+    def decide(a, share):
+        return choose(a, share, a.abs() * h.diagonal().sqrt(), pattern)
+
+    v, u = dense, torch.zeros_like(dense)
+    for share in update.shares(stages):
+        mask = decide(v + u, share)
+        z = (v + u) * ~mask
+        u = v + u - z
+        v = (dense @ h + (z - u) @ rho) @ torch.linalg.inv(h + rho)
+    found_mask, found = admm.solve(weight, hessian.double(), decide, update.shares(stages))
+    assert torch.equal(found_mask, mask) and (found[found_mask] == 0).all()
+    torch.testing.assert_close(found, z, rtol=1e-9, atol=1e-9)
+
+
+def test_it_beats_a_mask_that_was_chosen_at_once():
+    weight, _, hessian = problem(64, rows=32, tokens=300)
+    scale = hessian.diagonal().sqrt()
+
+    def decide(a, share):
+        return choose(a, share, a.abs() * scale, "row")
+
+    mask, start = admm.solve(weight, hessian.clone(), decide, update.shares(8))
+    h = damped(hessian)
+
+    def error(v):
+        return (((v.double() - weight) @ h) * (v.double() - weight)).sum()
+
+    assert error(start) < 0.8 * error(weight * ~decide(weight, 1))
