@@ -86,7 +86,7 @@ class Run:
     share: float  # of zeros, that the targets ask for
     gradients: GradientNorms | None
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
-    held_out: torch.Tensor | None  # (m, T), drawn after them, for flags whose value is to be chosen
+    held_out: torch.Tensor | None  # (m, T), drawn after them, that nothing is fitted to
     evaluation: dict[str, torch.Tensor]  # text -> (m, T)
     tasks: zero_shot.Tasks | None
     phases: report.Phases
@@ -133,11 +133,11 @@ def prepare(args: argparse.Namespace) -> Run:
     gradients = GradientNorms(args.gradient_path) if method.gradients else None
     inputs.settle_bos(args, outline, tokenizer)
     evaluation = {source: inputs.read_evaluation(args, tokenizer, source) for source in args.eval_dataset}
-    open_flags = args.alpha == prune_flags.AUTO or args.layer_ratios == ratios.LINE
     needed, calibration, held_out = needs_windows(args.prune_method, args.steps), None, None
-    if open_flags:
+    if args.held_out or prune_flags.has_choice(args):
         first = max(args.nsamples, gradients.index.get("nsamples", PAPER_NSAMPLES) if gradients else 0)
-        drawn = inputs.read_calibration(args, tokenizer, first - args.nsamples + max(HELD_OUT, args.nsamples // 8))
+        count = args.held_out or max(HELD_OUT, args.nsamples // 8)
+        drawn = inputs.read_calibration(args, tokenizer, first - args.nsamples + count)
         calibration, held_out = drawn[: args.nsamples] if needed else None, drawn[first:]
     elif needed:
         calibration = inputs.read_calibration(args, tokenizer)
@@ -146,7 +146,8 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
     streams = (calibration is not None) + args.steps.follows_dense
-    decoder, plan = inputs.load(args, device, outline, hidden_states=args.nsamples * streams)
+    hidden_states = args.nsamples * streams + (args.held_out or 0)
+    decoder, plan = inputs.load(args, device, outline, hidden_states=hidden_states)
     phases = report.Phases(decoder.device)
     if decoder.skipped:  # only now known
         targets = targets_of(args, decoder)
@@ -359,6 +360,7 @@ def prune_model(run: Run, phase: str = "prune", trial: bool = False) -> Zeros:
                 gradient_inv=args.gradient_inv,
                 recipe=args.steps,
                 hidden_states=run.plan.samples,
+                held_out=None if trial or not args.held_out or args.steps.update == "none" else run.held_out,
                 finished=finished,
                 measured=run.errors.__setitem__,
             )

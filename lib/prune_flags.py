@@ -122,6 +122,13 @@ def declare_updates(groups: flags.Groups) -> None:
         metavar="RATE",
         help=f"its learning rate at the start, in units of a matrix' root mean square (default: {Recipe.rate:g})",
     )
+    add(
+        "--held_out",
+        type=flags.at_least(1),
+        metavar="N",
+        help="windows, drawn after --nsamples, on which errors of updated linears are measured too, and flags with several "
+        "values compared (default: none, or an eighth of --nsamples, 8 at least)",
+    )
 
 
 def declare_evaluation(groups: flags.Groups) -> None:
@@ -225,10 +232,17 @@ def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.steps = replace(RECIPES[args.recipe] if args.recipe else Recipe(), **given)
     except ValueError as error:
         parser.error(str(error))
+    if args.held_out and args.steps.update == "none" and not has_choice(args):
+        parser.error("--held_out is for the errors of weights that are updated: add --update or --recipe")
     if args.reconstruct_lr is not None and not args.steps.epochs:
         parser.error("--reconstruct_lr is the learning rate of --reconstruct EPOCHS: add it")
     for flag, name in names.items():
         setattr(args, flag, getattr(args.steps, name))
+
+
+def has_choice(args: argparse.Namespace) -> bool:
+    """Whether the value of a flag is to be chosen on windows held out."""
+    return args.alpha == AUTO or args.layer_ratios == ratios.LINE
 
 
 def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

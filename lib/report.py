@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from lib import figures
 from lib.files import replace_file
 from lib.models.weights import kind_of
+from lib.results import errors_left
 
 try:
     import resource
@@ -24,6 +26,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+FILES = {"error": "errors", "error_held_out": "errors_held_out"}  # the figures' names
 SIZE = (figures.PAGE, 2.6)  # inches, of sparsity.png
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
@@ -124,13 +127,9 @@ def write(folder: str, results: dict, plots: bool = False) -> None:
         replace_file(measured, lambda file: file.write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n"))
     zeros, ends = results["sparsity_by_block"], (".png", ".pdf") if plots else (".png",)
     figures.save(lambda figure: figures.blocks(figure, _by_kind(zeros), "share of zeros"), path / "sparsity", SIZE, ends=ends)
-    errors = {
-        i: {name: pair["updated"] for name, pair in found["linears"].items()}
-        | ({"output": found["output"]["after"]} if found["output"] else {})
-        for i, found in results["errors_by_block"].items()
-    }
-    if errors:
-        figures.save(lambda figure: figures.blocks(figure, _by_kind(errors), "error left"), path / "errors", SIZE, ends=ends)
+    for what, errors in errors_left(results["errors_by_block"]).items():
+        label = f"{what} left".replace("_", " ")
+        figures.save(partial(figures.blocks, by_block=_by_kind(errors), ylabel=label), path / FILES[what], SIZE, ends=ends)
     if plots and pruned is not None:
         seconds = {"": {name: phase["seconds"] for name, phase in results["phases"].items()}}
         figures.save(lambda figure: figures.phases(figure, seconds), path / "seconds", (SIZE[0], 1.4))
@@ -151,10 +150,12 @@ def by_linear(zeros: dict) -> dict[str, dict[str, float]]:
 
 
 def errors_by_linear(errors: dict) -> dict[str, dict]:
-    """{block: {"linears": {linear: {"masked", "updated"}}, "output": {"before", "after"}}}, for JSON."""
+    """{block: {"linears": {linear: {"masked", "updated", and both on windows held out}}, "output": {"before", "after"}}}, for
+    JSON."""
+    names = ("masked", "updated", "masked_held_out", "updated_held_out")
     return {
         str(i): {
-            "linears": {name: dict(zip(("masked", "updated"), pair, strict=True)) for name, pair in found.items() if name},
+            "linears": {name: dict(zip(names, values, strict=False)) for name, values in found.items() if name},
             "output": dict(zip(("before", "after"), found[""], strict=True)) if "" in found else None,
         }
         for i, found in errors.items()

@@ -179,10 +179,22 @@ def _rho(run: Run, runs: Iterable[Run]) -> float | None:
 def _by_block(results: dict) -> dict[str, dict[str, dict[str, float]]]:
     """{what: {block: {linear: value}}}; of errors, what is left of them after the update."""
     found = {"sparsity": results.get("sparsity_by_block", {})}
-    if errors := results.get("errors_by_block"):
-        found["error"] = {
-            i: {name: pair["updated"] for name, pair in block["linears"].items()}
-            | ({"output": block["output"]["after"]} if block["output"] else {})
-            for i, block in errors.items()
+    return found | errors_left(results.get("errors_by_block", {}))
+
+
+def errors_left(by_block: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """{"error": {block: {linear: what is left}}} of a results.json's errors, and "error_held_out", where there are any.
+
+    A block's own, "output", is always measured on windows that it was not trained on, and is with both.
+    """
+    found = {}
+    for what, key in ("error", "updated"), ("error_held_out", "updated_held_out"):
+        blocks = {
+            i: {name: error[key] for name, error in block["linears"].items() if key in error} for i, block in by_block.items()
         }
+        if any(blocks.values()) or (what == "error" and by_block):
+            found[what] = {
+                i: linears | ({"output": by_block[i]["output"]["after"]} if by_block[i]["output"] else {})
+                for i, linears in blocks.items()
+            }
     return found

@@ -87,7 +87,7 @@ def values_per_block(runs: list[Run]):
     held = [run for run in runs if run.by_block]
     for name, run in zip(_names(held, set()), held, strict=True):
         for value, by_block in run.by_block.items():
-            label = {"sparsity": "share of zeros"}.get(value, value)
+            label = {"sparsity": "share of zeros"}.get(value, value.replace("_", " "))
 
             def draw(figure, by_block=by_block, label=label):
                 figures.blocks(figure, by_block, label)

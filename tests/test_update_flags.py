@@ -52,6 +52,22 @@ def test_a_checkpoint_holds_the_updated_weights(command, method, flags, memory, 
             assert torch.equal(weight, original)
 
 
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_errors_on_windows_held_out(command, memory, tmp_path):
+    """They are told beside those on the calibration windows, and change nothing."""
+    flags = [*command, "--prune_method", "wanda", "--recipe", "fast", "--memory", memory]
+    run("main.py", *flags, "--save", tmp_path / "without")
+    run("main.py", *flags, "--save", tmp_path / "with", "--held_out", 5)
+    without, found = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("without", "with"))
+    assert found["perplexity"] == without["perplexity"] | {"dense_reused": True}
+    for i, block in found["errors_by_block"].items():
+        for name, errors in block["linears"].items():
+            assert without["errors_by_block"][i]["linears"][name].items() < errors.items()
+            assert errors["masked"] != errors["masked_held_out"] and errors["updated_held_out"] > errors["updated"]
+    assert (tmp_path / "with" / "errors_held_out.png").exists()
+    assert not (tmp_path / "without" / "errors_held_out.png").exists()
+
+
 def test_published_methods_have_no_errors_to_tell(command, tmp_path):
     run("main.py", *command, "--prune_method", "sparsegpt", "--save", tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["errors_by_block"] == {}
@@ -73,6 +89,7 @@ def test_results_say_what_a_recipe_set(command, tmp_path):
         ("--update lsq --stages 0", "not above 0"),
         ("--reconstruct -1", "at least 0"),
         ("--reconstruct_lr 1e-4", "--reconstruct EPOCHS: add it"),
+        ("--held_out 4", "--held_out is for the errors of weights that are updated"),
         ("--reconstruct 2 --reconstruct_lr 0", "not above 0"),
         ("--recipe fastest", "invalid choice"),
     ],

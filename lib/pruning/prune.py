@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -106,8 +107,9 @@ class Choice:
         return update.solve(weight, self.hessian, self, recipe, self.drift)
 
 
-# linear -> relative error of its outputs (masked alone, updated); "" -> the block's own (before reconstruction, after)
-Errors = dict[str, tuple[float, float]]
+# linear -> relative error of its outputs (masked alone, updated), the same two on windows held out where there are some;
+# "" -> the block's own (before reconstruction, after)
+Errors = dict[str, tuple[float, ...]]
 Zeros = dict[int, dict[str, tuple[int, int]]]  # block -> linear -> (weights that are zero, all weights)
 
 
@@ -124,6 +126,7 @@ def prune(
     gradient_inv: bool = False,
     recipe: Recipe = PUBLISHED,
     hidden_states: int | None = None,
+    held_out: torch.Tensor | None = None,
     finished: Callable[[int, nn.Module], None] = lambda i, block: None,
     measured: Callable[[int, Errors], None] = lambda i, errors: None,
 ) -> Zeros:
@@ -140,6 +143,7 @@ def prune(
         alpha: weight of the gradient term of "gblm", applied to the norms as `gradients` returns them.
         recipe: what becomes of the weights that stay.
         hidden_states: keep more than so many samples' hidden states in a file, not in memory.
+        held_out: (m, T) more windows, that nothing is fitted to: the errors of updated linears are measured on them too.
         finished: called with every block, while it is resident, when its weights are final.
         measured: called with the errors of every block whose surviving weights change.
 
@@ -153,6 +157,7 @@ def prune(
         hidden_states //= 2  # for each of two streams
     states = decoder.enter_all(parallel.share(windows), hidden_states) if needs_windows(method, recipe) else []
     dense = decoder.enter_all(parallel.share(windows), hidden_states) if recipe.follows_dense else []
+    held = decoder.enter_all(parallel.share(held_out), hidden_states) if held_out is not None else []
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
@@ -165,6 +170,9 @@ def prune(
                 decoder.advance(i, dense)
             statistics = collect(decoder, i, chosen, states, statistic, len(windows), paired) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
+            unseen: dict[str, torch.Tensor | None] = {}
+            if held_out is not None and chosen:
+                unseen = collect(decoder, i, chosen, held, sparsegpt.ExactHessian, len(held_out), text="held-out")
             experts, unused = _unknown(decoder.prefixes[i], chosen, linears, statistics, norms)
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
             errors: dict[str, torch.Tensor] = {}
@@ -177,7 +185,8 @@ def prune(
                     weight = choice.pruned(linear.weight, recipe)
                     sound[name] = choice.sound & weight.isfinite().all()
                     if recipe.update != "none" and seen is not None:
-                        errors[name] = update.relative_errors(linear.weight, weight, choice.hessian)
+                        known = [h for h in (choice.hessian, unseen.get(name)) if h is not None]
+                        errors[name] = torch.cat([update.relative_errors(linear.weight, weight, h) for h in known])
                     linear.weight.copy_(weight)
             if recipe.epochs and chosen:
                 errors[""] = reconstruct(
@@ -191,6 +200,7 @@ def prune(
             finished(i, block)
             if i + 1 < len(decoder):
                 decoder.advance(i, states)
+                decoder.advance(i, held)
     return zeros
 
 
@@ -252,16 +262,18 @@ def _look(linears: dict[str, Matrix], sound: dict[str, torch.Tensor]) -> tuple[d
 
 def _tell(i: int, errors: dict[str, torch.Tensor]) -> Errors:
     """The errors as numbers, with a line about them in the log."""
-    numbers = dict(zip(errors, torch.stack(list(errors.values())).tolist(), strict=True))
-    linears = [pair for name, pair in numbers.items() if name]
-    said = [f"block {i}: relative error"]
-    if linears:
-        before, after = (sum(values) / len(linears) for values in zip(*linears, strict=True))
-        said.append(f"of its linears {before:.4f} masked, {after:.4f} updated (mean)")
+    values = iter(torch.cat(list(errors.values())).tolist())  # one wait for all
+    numbers = {name: tuple(islice(values, len(own))) for name, own in errors.items()}
+    linears = [own for name, own in numbers.items() if name]
+    said = []
+    for what, pairs in ("", [own[:2] for own in linears]), (" on windows held out", [own[2:] for own in linears if own[2:]]):
+        if pairs:
+            before, after = (sum(of_all) / len(pairs) for of_all in zip(*pairs, strict=True))
+            said.append(f"of its linears{what} {before:.4f} masked, {after:.4f} updated (mean)")
     if "" in numbers:
         said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
-    logger.info("%s %s", said[0], ", ".join(said[1:]))
-    return {name: tuple(pair) for name, pair in numbers.items()}
+    logger.info("block %d: relative error %s", i, ", ".join(said))
+    return numbers
 
 
 def _remedy(rule: Method, recipe: Recipe) -> str:

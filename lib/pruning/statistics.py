@@ -27,11 +27,13 @@ def collect(
     statistic: type,
     nsamples: int,
     dense: list[State] | None = None,
+    text: str = "calibration",
 ) -> dict[str, torch.Tensor | None]:
     """Run the samples through block `i` and return {linear: statistic of its inputs over the samples of all processes}, None
     for one without inputs. Linears that are given the same inputs (q, k and v) have the same tensor: it is not to be changed.
 
     With `dense`, the same samples in the dense model, these pass the block as well, and the statistic is `Drift` of both.
+    `text` says in warnings whose tokens they are.
     """
     stream = Stream()
     if dense is not None:
@@ -59,7 +61,7 @@ def collect(
     for of_rank in everywhere:
         tokens.update({name: count for name, (_, count) in of_rank.items()})
     few = [name for name in linears if kind_of(name) != name and 0 < tokens[name] < FEW_TOKENS]
-    point_out(decoder.prefixes[i], few, len(linears), f"had fewer than {FEW_TOKENS} calibration tokens")
+    point_out(decoder.prefixes[i], few, len(linears), f"had fewer than {FEW_TOKENS} {text} tokens")
     distinct = {id(observed[name]): observed[name] for name in linears if tokens[name]}
     results = {key: seen.result(nsamples) for key, seen in distinct.items()}
     return {name: results[id(observed[name])] if tokens[name] else None for name in linears}

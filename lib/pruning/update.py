@@ -98,7 +98,7 @@ def solve(
 
 
 def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Of a linear's outputs on the calibration samples, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), for V masked alone and as it is.
+    """Of a linear's outputs on the samples of a Hessian, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), V masked alone and as it is.
 
     `dense` is W and `pruned` V, (out, in); the mask is where V is zero. They are to be read, not computed with: a product
     may be rounded to three digits.

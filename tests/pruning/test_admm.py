@@ -43,7 +43,7 @@ def test_it_beats_a_mask_that_was_chosen_at_once():
     def decide(a, share):
         return choose(a, share, a.abs() * scale, "row")
 
-    mask, start = admm.solve(weight, hessian.clone(), decide, update.shares(8))
+    _, start = admm.solve(weight, hessian.clone(), decide, update.shares(8))
     h = damped(hessian)
 
     def error(v):

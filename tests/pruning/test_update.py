@@ -152,19 +152,24 @@ def test_streamed_is_resident(recipe, tmp_path):
 
 def test_errors_are_those_of_the_outputs(caplog):
     caplog.set_level("INFO")
-    found, windows = {}, random_windows(16)
-    decoder, _ = pruned(Recipe("lsq", 2, 1), windows=windows, measured=found.__setitem__)
+    found, windows = {}, random_windows(20)
+    windows, others = windows[:16], windows[16:]
+    decoder, _ = pruned(Recipe("lsq", 2, 1), windows=windows, held_out=others, measured=found.__setitem__)
     dense, inputs = tiny_decoder(), []
     dense.linears(0)["self_attn.o_proj"].module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
-        for window in windows:
+        for window in [*windows, *others]:
             dense.model(input_ids=window[None].to(DEVICE), use_cache=False)
-    x, w = torch.cat(inputs).flatten(0, 1), dense.linears(0)["self_attn.o_proj"].weight
+    w = dense.linears(0)["self_attn.o_proj"].weight
     kept = decoder.linears(0)["self_attn.o_proj"].weight != 0
-    expected = ((x @ (w * ~kept).T) ** 2).sum() / ((x @ w.T) ** 2).sum()
-    assert found[0]["self_attn.o_proj"][0] == pytest.approx(expected.item(), rel=1e-3)
+    for k, seen in enumerate((inputs[:16], inputs[16:])):
+        x = torch.cat(seen).flatten(0, 1)
+        expected = ((x @ (w * ~kept).T) ** 2).sum() / ((x @ w.T) ** 2).sum()
+        assert found[0]["self_attn.o_proj"][2 * k] == pytest.approx(expected.item(), rel=0.01)
     assert all(pair[1] < pair[0] for name, pair in found[0].items() if name) and found[2][""][1] <= found[2][""][0]
+    assert all(len(own) == (4 if name else 2) for own_block in found.values() for name, own in own_block.items())
     assert "block 1: relative error of its linears 0." in caplog.text and "reconstructed" in caplog.text
+    assert "of its linears on windows held out 0." in caplog.text
 
 
 def test_stages_remove_what_they_should():
