@@ -21,7 +21,7 @@ ARROWS = {
     "results": set(),
     "tables": set(),
     "card": {"tables", "files", "models"},
-    "report": {"files", "figures", "parallel", "models", "pruning"},
+    "report": {"files", "figures", "parallel", "models", "pruning", "results"},
     "flags": {"files", "data", "models"},
     "prune_flags": {"flags", "files", "data", "evaluation", "pruning"},
     "inputs": {"data", "evaluation", "gradients", "models"},

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from lib.pruning.precision import shortened
+from lib.pruning.precision import units_for
 from lib.pruning.sparsegpt import dampen
 
 PENALTY = 1.0  # rho, of leaving the mask, in units of each input's own diagonal entry of H
@@ -15,6 +15,7 @@ def solve(
     hessian: torch.Tensor,
     choose: Callable[[torch.Tensor, float], torch.Tensor],
     shares: list[float],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a mask for `argmin_V tr((V - W) H (V - W)^T)` subject to `V[mask] = 0`, as the weights come to fit it.
 
@@ -25,14 +26,15 @@ def solve(
     V is free, Z obeys the mask, U adds up what lies between. Wanda's score of A is |A| scaled by the square root of D, the
     measure of that paper; any other score does as well. A weight may return until the last stage.
 
-    V is also `W + (Z - U - W) rho D (H + rho D)^-1`: one product a stage, of a correction, which may be rounded to fewer
-    bits than a weight.
+    V is also `W + (Z - U - W) rho D (H + rho D)^-1`: one product a stage, and of a correction, whose rounding is small
+    beside that of a weight.
 
     Args:
         weight: W, (out, in), any float dtype.
         hessian: H, (in, in); damped here, consumed.
         choose: (A, share) -> mask of that share of what is to go, (out, in).
         shares: one a stage, the last 1.
+        dtype: that the weights will be rounded to; a stage's product is left to units for it.
 
     Returns:
         (mask, Z) of the last stage, both (out, in); Z is a start for least_squares.solve.
@@ -46,7 +48,7 @@ def solve(
     mask = choose(dense, shares[0])
     kept, dual = dense.masked_fill(mask, 0), dense.masked_fill(~mask, 0)
     for share in shares[1:]:
-        with shortened(dense.device):
+        with units_for(dtype, dense.device):
             wanted = (dense + dual).addmm_((kept - dual).sub_(dense), pull)
         mask = choose(wanted, share)
         kept = wanted.masked_fill(mask, 0)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.pruning.precision import units_for
 from lib.pruning.sparsegpt import ExactHessian, dampen
 
 
@@ -42,7 +43,7 @@ class Drift(ExactHessian):
         super().add(inputs)
         dense, self.kept = self.kept, None
         paired = dense is not None and len(dense) == len(rows) == self.stream.tokens
-        with self.exact(rows):
+        with units_for(rows.dtype, rows.device):
             self.cross.addmm_((dense if paired else rows).float().T, rows.float())
 
     def result(self, nsamples: int) -> torch.Tensor:

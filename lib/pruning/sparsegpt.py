@@ -1,11 +1,9 @@
 """SparseGPT (arXiv 2301.00774): the Hessian of a linear's reconstruction error in, a pruned and updated weight out."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
 from lib.pruning import masks
-from lib.pruning.precision import is_exact, shortened
+from lib.pruning.precision import units_for
 
 COLUMN_BLOCK = 128  # columns solved together; the update of all columns to their right is then one matrix product
 DAMPING = 0.01  # of the Hessian's mean diagonal, so that its Cholesky factor exists
@@ -42,13 +40,8 @@ class ExactHessian(Hessian):
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs of any leading shape, (..., in)."""
-        with self.exact(inputs):
+        with units_for(inputs.dtype, inputs.device):
             super().add(inputs)
-
-    @staticmethod
-    def exact(inputs: torch.Tensor) -> AbstractContextManager:
-        """While open, products of what `inputs` were cast to in fp32 are left to the units for their own dtype."""
-        return shortened(inputs.device) if is_exact(inputs.dtype, inputs.device) else nullcontext()
 
 
 def dampen(hessian: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.pruning import admm, asymmetric, least_squares, sparsegpt
-from lib.pruning.precision import shortened
+from lib.pruning.precision import units_for
 
 UPDATES = ("none", "obs", "lsq")
 POLISH_STEPS = 3  # of conjugate gradients behind the stages, whose weights are near the solution already
@@ -92,7 +92,7 @@ def solve(
     elif recipe.stages == 1:
         current = least_squares.solve(goal, choose(goal, 1), hessian.clone())
     else:
-        mask, start = admm.solve(goal, hessian.clone(), choose, shares(recipe.stages))
+        mask, start = admm.solve(goal, hessian.clone(), choose, shares(recipe.stages), weight.dtype)
         current = least_squares.solve(goal, mask, hessian.clone(), start=start, steps=POLISH_STEPS)
     return current.to(weight.dtype)
 
@@ -100,10 +100,10 @@ def solve(
 def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Of a linear's outputs on the samples of a Hessian, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), V masked alone and as it is.
 
-    `dense` is W and `pruned` V, (out, in); the mask is where V is zero. They are to be read, not computed with: a product
-    may be rounded to three digits.
+    `dense` is W and `pruned` V, (out, in); the mask is where V is zero. They are to be read, not computed with:
+    products are left to units for the dtype of W.
     """
     w, v = dense.to(hessian.dtype), pruned.to(hessian.dtype)
-    with shortened(hessian.device):
+    with units_for(dense.dtype, dense.device):
         power, before, after = ((d @ hessian).mul_(d).sum() for d in (w, w.masked_fill(v != 0, 0), w - v))
     return torch.stack([before, after]) / power
