@@ -18,7 +18,7 @@ rows() {
         --nsamples 16 --seq_length 512 --gradient_path "$gradients" --output docs/results/demo.jsonl "$@"
 }
 rows --patterns unstructured --ratios 0.5 0.3 0.7 0.6 0.4 0.2 0.8 0.1
-rows --methods wanda --recipes best max --patterns unstructured --ratios 0.5 0.7 0.6 0.3 0.8 0.4 0.2 0.1
+rows --methods wanda --recipes fast best max --patterns unstructured --ratios 0.5 0.7 0.6 0.3 0.8 0.4 0.2 0.1
 rows --methods wanda gblm --patterns 4:8 2:4
 rows --methods gblm --alphas 10 1000 10000 1 100000 --patterns unstructured 2:4 4:8
 python scripts/plot_results.py docs/results/demo.jsonl --output docs/figures --dark
