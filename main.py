@@ -86,7 +86,7 @@ class Run:
     share: float  # of zeros, that the targets ask for
     gradients: GradientNorms | None
     calibration: torch.Tensor | None  # (n, T); None where neither method nor recipe looks at activations
-    held_out: torch.Tensor | None  # (m, T), drawn after them, that nothing is fitted to
+    held_out: torch.Tensor | None  # (m, T), drawn after them and those of the gradients; flags may be chosen on them
     evaluation: dict[str, torch.Tensor]  # text -> (m, T)
     tasks: zero_shot.Tasks | None
     phases: report.Phases
@@ -146,7 +146,7 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.eval_zero_shot:
         tasks = zero_shot.load(args.tasks, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit)
     streams = (calibration is not None) + args.steps.follows_dense
-    hidden_states = args.nsamples * streams + (args.held_out or 0)
+    hidden_states = args.nsamples * streams + (args.held_out or 0) * (args.steps.update != "none")
     decoder, plan = inputs.load(args, device, outline, hidden_states=hidden_states)
     phases = report.Phases(decoder.device)
     if decoder.skipped:  # only now known
@@ -360,7 +360,7 @@ def prune_model(run: Run, phase: str = "prune", trial: bool = False) -> Zeros:
                 gradient_inv=args.gradient_inv,
                 recipe=args.steps,
                 hidden_states=run.plan.samples,
-                held_out=None if trial or not args.held_out or args.steps.update == "none" else run.held_out,
+                held_out=run.held_out if args.held_out and not trial else None,
                 finished=finished,
                 measured=run.errors.__setitem__,
             )

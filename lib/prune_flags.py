@@ -126,8 +126,8 @@ def declare_updates(groups: flags.Groups) -> None:
         "--held_out",
         type=flags.at_least(1),
         metavar="N",
-        help="windows, drawn after --nsamples, on which errors of updated linears are measured too, and flags with several "
-        "values compared (default: none, or an eighth of --nsamples, 8 at least)",
+        help="windows, drawn after those of activations and gradients, on which errors of updated linears are measured too, and "
+        "a flag's values compared where one is to be chosen (default: none, or an eighth of --nsamples, 8 at least)",
     )
 
 
@@ -233,7 +233,7 @@ def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     except ValueError as error:
         parser.error(str(error))
     if args.held_out and args.steps.update == "none" and not has_choice(args):
-        parser.error("--held_out is for the errors of weights that are updated: add --update or --recipe")
+        parser.error("--held_out is for the errors of weights that are updated: add --update lsq or obs")
     if args.reconstruct_lr is not None and not args.steps.epochs:
         parser.error("--reconstruct_lr is the learning rate of --reconstruct EPOCHS: add it")
     for flag, name in names.items():

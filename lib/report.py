@@ -127,9 +127,14 @@ def write(folder: str, results: dict, plots: bool = False) -> None:
         replace_file(measured, lambda file: file.write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n"))
     zeros, ends = results["sparsity_by_block"], (".png", ".pdf") if plots else (".png",)
     figures.save(lambda figure: figures.blocks(figure, _by_kind(zeros), "share of zeros"), path / "sparsity", SIZE, ends=ends)
-    for what, errors in errors_left(results["errors_by_block"]).items():
-        label = f"{what} left".replace("_", " ")
-        figures.save(partial(figures.blocks, by_block=_by_kind(errors), ylabel=label), path / FILES[what], SIZE, ends=ends)
+    errors = errors_left(results["errors_by_block"])
+    for what, name in FILES.items():
+        if what in errors:
+            draw = partial(figures.blocks, by_block=_by_kind(errors[what]), ylabel=f"{what} left".replace("_", " "))
+            figures.save(draw, path / name, SIZE, ends=ends)
+        else:  # an earlier run's
+            for end in (".png", ".pdf"):
+                path.joinpath(name + end).unlink(missing_ok=True)
     if plots and pruned is not None:
         seconds = {"": {name: phase["seconds"] for name, phase in results["phases"].items()}}
         figures.save(lambda figure: figures.phases(figure, seconds), path / "seconds", (SIZE[0], 1.4))

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 # Flags on which no result depends, such as places; and those that have a place of their own in a `Run`.
 LEFT_OUT = (
     "save", "save_model", "cache_dir", "data_dir", "gradient_path", "device", "memory", "activation_memory", "batch_size",
-    "grad_norm", "grad_exponent", "force", "plots", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
+    "grad_norm", "grad_exponent", "force", "plots", "held_out", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
 )  # fmt: skip
 UPDATES = ("update", "stages", "asymmetric", "reconstruct", "reconstruct_lr")
 FIRST = ("model", "method", "pattern", "ratio", "alpha", "norm", "nsamples", "seq_length", "dataset", "eval_dataset")
@@ -183,18 +183,14 @@ def _by_block(results: dict) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def errors_left(by_block: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """{"error": {block: {linear: what is left}}} of a results.json's errors, and "error_held_out", where there are any.
-
-    A block's own, "output", is always measured on windows that it was not trained on, and is with both.
-    """
-    found = {}
-    for what, key in ("error", "updated"), ("error_held_out", "updated_held_out"):
-        blocks = {
-            i: {name: error[key] for name, error in block["linears"].items() if key in error} for i, block in by_block.items()
+    """{"error": {block: {linear, or "output" of the block: what is left}}} of a results.json's errors, and "error_held_out" of
+    the linears, where there are any."""
+    found: dict[str, dict] = {"error": {}, "error_held_out": {}}
+    for i, block in by_block.items():
+        linears = block["linears"]
+        output = {"output": block["output"]["after"]} if block["output"] else {}
+        found["error"][i] = {name: error["updated"] for name, error in linears.items()} | output
+        found["error_held_out"][i] = {
+            name: error["updated_held_out"] for name, error in linears.items() if "updated_held_out" in error
         }
-        if any(blocks.values()) or (what == "error" and by_block):
-            found[what] = {
-                i: linears | ({"output": by_block[i]["output"]["after"]} if by_block[i]["output"] else {})
-                for i, linears in blocks.items()
-            }
-    return found
+    return {what: blocks for what, blocks in found.items() if any(blocks.values())}

@@ -73,7 +73,7 @@ def test_seeds_become_mean_and_spread(tmp_path):
 def test_rho_compares_with_sparsegpt_on_the_same_samples(tmp_path):
     """(40 - 20) / (30 - 20), and nothing where SparseGPT has seen other samples or removed another share."""
     recipe = {"recipe": "best", "update": "lsq", "stages": 8}
-    write(tmp_path, "own", 40.0, prune_method="wanda", **recipe)
+    write(tmp_path, "own", 40.0, prune_method="wanda", held_out=4, **recipe)
     write(tmp_path, "reference", 30.0, prune_method="sparsegpt", update="none", stages=1)
     write(tmp_path, "samples", 40.0, prune_method="wanda", nsamples=8)
     write(tmp_path, "share", 40.0, ratio=0.6, prune_method="wanda", sparsity_ratio=0.6)

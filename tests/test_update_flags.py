@@ -66,6 +66,8 @@ def test_errors_on_windows_held_out(command, memory, tmp_path):
             assert errors["masked"] != errors["masked_held_out"] and errors["updated_held_out"] > errors["updated"]
     assert (tmp_path / "with" / "errors_held_out.png").exists()
     assert not (tmp_path / "without" / "errors_held_out.png").exists()
+    run("main.py", *flags, "--save", tmp_path / "with")
+    assert not (tmp_path / "with" / "errors_held_out.png").exists()  # that was of results that are gone
 
 
 def test_published_methods_have_no_errors_to_tell(command, tmp_path):
@@ -89,7 +91,7 @@ def test_results_say_what_a_recipe_set(command, tmp_path):
         ("--update lsq --stages 0", "not above 0"),
         ("--reconstruct -1", "at least 0"),
         ("--reconstruct_lr 1e-4", "--reconstruct EPOCHS: add it"),
-        ("--held_out 4", "--held_out is for the errors of weights that are updated"),
+        ("--held_out 4", "weights that are updated: add --update lsq or obs"),
         ("--reconstruct 2 --reconstruct_lr 0", "not above 0"),
         ("--recipe fastest", "invalid choice"),
     ],

@@ -26,8 +26,8 @@ def solve(
     V is free, Z obeys the mask, U adds up what lies between. Wanda's score of A is |A| scaled by the square root of D, the
     measure of that paper; any other score does as well. A weight may return until the last stage.
 
-    V is also `W + (Z - U - W) rho D (H + rho D)^-1`: one product a stage, and of a correction, whose rounding is small
-    beside that of a weight.
+    V is also `W + (Z - U - W) rho D (H + rho D)^-1`: one product a stage, of corrections. Rounding them moves weights near
+    the threshold from one side to the other, and Z a little, which steps of least_squares.solve then make up for.
 
     Args:
         weight: W, (out, in), any float dtype.

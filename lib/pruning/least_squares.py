@@ -35,19 +35,19 @@ def solve(
     keep, dense = ~(mask | dead), weight.to(hessian.dtype).masked_fill(dead, 0)
     start = (dense if start is None else start.to(hessian.dtype)) * keep
     v, precondition = start.clone(), keep / hessian.diagonal()
-    rest = (dense - start) @ hessian  # half the negative gradient of the error, on the mask as well
-    before = _rows(rest, dense - start)
-    direction = rest * precondition
-    size = _rows(rest, direction)
+    residual = (dense - start) @ hessian  # half the negative gradient of the error, on the mask as well
+    before = _rows(residual, dense - start)
+    direction = residual * precondition
+    size = _rows(residual, direction)
     for _ in range(steps):
         image = direction @ hessian
         length = _quotient(size, _rows(direction, image))
         v.addcmul_(length, direction)
-        rest.addcmul_(length, image, value=-1)
-        steepest = rest * precondition
-        previous, size = size, _rows(rest, steepest)
-        direction = steepest.addcmul_(_quotient(size, previous), direction)
-    after = _rows(rest, dense - v)
+        residual.addcmul_(length, image, value=-1)
+        preconditioned = residual * precondition
+        previous, size = size, _rows(residual, preconditioned)
+        direction = preconditioned.addcmul_(_quotient(size, previous), direction)
+    after = _rows(residual, dense - v)
     return torch.where(after > before, start, v)  # not where either is NaN: that has to be seen
 
 

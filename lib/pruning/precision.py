@@ -12,13 +12,13 @@ def units_for(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
     Factors that were cast from `dtype` are exact there, others are rounded: to bf16 on a CPU, to tf32 on a GPU. Nothing
     changes for float32, nor for float16 on a CPU, of which bf16 does not hold all bits. A device without such units puts the
-    products together otherwise.
+    products together otherwise. The setting is the process', not a thread's.
     """
-    backend, format = (torch.backends.mkldnn, "bf16") if device.type == "cpu" else (torch.backends.cuda, "tf32")
+    backend, shorter = (torch.backends.mkldnn, "bf16") if device.type == "cpu" else (torch.backends.cuda, "tf32")
     before = backend.matmul.fp32_precision
     try:
-        if dtype == torch.bfloat16 or (dtype == torch.float16 and format == "tf32"):
-            backend.matmul.fp32_precision = format
+        if dtype == torch.bfloat16 or (dtype == torch.float16 and shorter == "tf32"):
+            backend.matmul.fp32_precision = shorter
         yield
     finally:
         backend.matmul.fp32_precision = before

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib import parallel
-from lib.models.decoder import Decoder
+from lib.models.decoder import Decoder, State
 from lib.models.weights import Matrix, idle, kind_of
 from lib.pruning import scores, sparsegpt, update
 from lib.pruning.activations import ActivationNorm
@@ -106,6 +106,20 @@ class Choice:
             return sparsegpt.solve(weight, self.hessian.clone(), self.target)
         return update.solve(weight, self.hessian, self, recipe, self.drift)
 
+    def prune(self, linear: Matrix, recipe: Recipe, held: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prune a linear in place. `held` is the Hessian of windows held out.
+
+        Returns whether its weights, and what decided them, are finite; and the errors of its outputs, (2,) or with `held` (4,),
+        where an update has changed what stays.
+        """
+        weight = self.pruned(linear.weight, recipe)
+        sound, errors = self.sound & weight.isfinite().all(), None
+        if recipe.update != "none" and self.hessian is not None:
+            hessians = [self.hessian] if held is None else [self.hessian, held]
+            errors = torch.cat([update.relative_errors(linear.weight, weight, hessian) for hessian in hessians])
+        linear.weight.copy_(weight)
+        return sound, errors
+
 
 # linear -> relative error of its outputs (masked alone, updated), the same two on windows held out where there are some;
 # "" -> the block's own (before reconstruction, after)
@@ -143,7 +157,7 @@ def prune(
         alpha: weight of the gradient term of "gblm", applied to the norms as `gradients` returns them.
         recipe: what becomes of the weights that stay.
         hidden_states: keep more than so many samples' hidden states in a file, not in memory.
-        held_out: (m, T) more windows, that nothing is fitted to: the errors of updated linears are measured on them too.
+        held_out: (m, T) more windows, which nothing here is fitted to: errors of updated linears are measured on them too.
         finished: called with every block, while it is resident, when its weights are final.
         measured: called with the errors of every block whose surviving weights change.
 
@@ -153,11 +167,16 @@ def prune(
     targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
     rule, options = METHODS[method], {"alpha": alpha, "inverse": gradient_inv, "use_variant": use_variant}
     statistic = rule.observes(recipe)
-    if hidden_states is not None and recipe.follows_dense:
-        hidden_states //= 2  # for each of two streams
-    states = decoder.enter_all(parallel.share(windows), hidden_states) if needs_windows(method, recipe) else []
-    dense = decoder.enter_all(parallel.share(windows), hidden_states) if recipe.follows_dense else []
-    held = decoder.enter_all(parallel.share(held_out), hidden_states) if held_out is not None else []
+    held_out = None if recipe.update == "none" else held_out
+    states, dense, held_states = _enter(
+        decoder,
+        [
+            windows if needs_windows(method, recipe) else None,
+            windows if recipe.follows_dense else None,
+            held_out,
+        ],
+        hidden_states,
+    )
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:
@@ -170,24 +189,23 @@ def prune(
                 decoder.advance(i, dense)
             statistics = collect(decoder, i, chosen, states, statistic, len(windows), paired) if statistic and chosen else {}
             norms = gradients(i) if rule.gradients and chosen else {}
-            unseen: dict[str, torch.Tensor | None] = {}
+            held_hessians: dict[str, torch.Tensor | None] = {}
             if held_out is not None and chosen:
-                unseen = collect(decoder, i, chosen, held, sparsegpt.ExactHessian, len(held_out), text="held-out")
+                held_hessians = collect(decoder, i, chosen, held_states, sparsegpt.ExactHessian, len(held_out), text="held-out")
             experts, unused = _unknown(decoder.prefixes[i], chosen, linears, statistics, norms)
             sound: dict[str, torch.Tensor] = {}  # linear -> whether its weights, and what decided them, are finite
             errors: dict[str, torch.Tensor] = {}
             for name, linear in chosen.items():
-                target, seen = targets[i][name], statistics.get(name)
+                target = targets[i][name]
                 if name in experts:
                     linear.weight.masked_fill_(mask_of(scores.magnitude(linear.weight), target), 0)
                 elif name not in unused:
-                    choice = Choice(rule, target, seen, norms.get(name), **options)
-                    weight = choice.pruned(linear.weight, recipe)
-                    sound[name] = choice.sound & weight.isfinite().all()
-                    if recipe.update != "none" and seen is not None:
-                        known = [h for h in (choice.hessian, unseen.get(name)) if h is not None]
-                        errors[name] = torch.cat([update.relative_errors(linear.weight, weight, h) for h in known])
-                    linear.weight.copy_(weight)
+                    sound[name], found = Choice(rule, target, statistics.get(name), norms.get(name), **options).prune(
+                        linear, recipe, held_hessians.get(name)
+                    )
+                    errors |= {name: found} if found is not None else {}
+            statistics.clear()  # not beside what training needs, nor the next block's
+            held_hessians.clear()
             if recipe.epochs and chosen:
                 errors[""] = reconstruct(
                     decoder, i, chosen, states, dense, count=len(windows), epochs=recipe.epochs, rate=recipe.rate
@@ -200,13 +218,26 @@ def prune(
             finished(i, block)
             if i + 1 < len(decoder):
                 decoder.advance(i, states)
-                decoder.advance(i, held)
+                decoder.advance(i, held_states)
     return zeros
 
 
 def needs_windows(method: str, recipe: Recipe = PUBLISHED) -> bool:
     """Whether calibration windows have to run through the model."""
     return METHODS[method].observes(recipe) is not None or recipe.epochs > 0
+
+
+def _enter(decoder: Decoder, streams: list[torch.Tensor | None], hidden_states: int | None) -> list[list[State]]:
+    """The states of this process' share of each stream's windows, of which all together keep `hidden_states` in memory."""
+    total = sum(len(windows) for windows in streams if windows is not None)
+    entered = []
+    for windows in streams:
+        if windows is None:
+            entered.append([])
+        else:
+            in_memory = None if hidden_states is None else hidden_states * len(windows) // total
+            entered.append(decoder.enter_all(parallel.share(windows), in_memory))
+    return entered
 
 
 def mask_of(score: torch.Tensor, sparsity: Sparsity, group: str = "row", use_variant: bool = False) -> torch.Tensor:

@@ -101,9 +101,10 @@ def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Te
     """Of a linear's outputs on the samples of a Hessian, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), V masked alone and as it is.
 
     `dense` is W and `pruned` V, (out, in); the mask is where V is zero. They are to be read, not computed with:
-    products are left to units for the dtype of W.
+    products are left to units for the dtype of W. In bfloat16 that costs the fourth digit, and more of errors below 1e-4
+    where all inputs share a large mean.
     """
     w, v = dense.to(hessian.dtype), pruned.to(hessian.dtype)
     with units_for(dense.dtype, dense.device):
         power, before, after = ((d @ hessian).mul_(d).sum() for d in (w, w.masked_fill(v != 0, 0), w - v))
-    return torch.stack([before, after]) / power
+    return torch.stack([before, after]).clamp(min=0) / power

@@ -36,6 +36,29 @@ def test_stages_are_those_of_the_paper(pattern, stages, dead):
     torch.testing.assert_close(found, z, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_units_for_short_formats_are_only_for_weights_of_those(dtype, monkeypatch):
+    """Of others nothing is rounded; and what is rounded moves few weights, and hardly the error."""
+    weight, _, hessian = problem(64, rows=32, tokens=300)
+    scale, settings = hessian.diagonal().sqrt(), []
+
+    def decide(a, share):
+        return choose(a, share, a.abs() * scale, "row")
+
+    def product(a, b, c):
+        settings.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return original(a, b, c)
+
+    original = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", product)
+    mask, found = admm.solve(weight, hessian.clone(), decide, update.shares(4), dtype)
+    assert len(settings) == 3 and {setting == "bf16" for setting in settings} == {dtype == torch.bfloat16}
+    exact_mask, exact = admm.solve(weight, hessian.double(), decide, update.shares(4))
+    assert (mask != exact_mask).float().mean() < (0.02 if dtype == torch.bfloat16 else 1e-3)
+    errors = [((z.double() - weight) @ damped(hessian) * (z.double() - weight)).sum() for z in (found, exact)]
+    assert errors[0] == pytest.approx(errors[1].item(), rel=0.05 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_it_beats_a_mask_that_was_chosen_at_once():
     weight, _, hessian = problem(64, rows=32, tokens=300)
     scale = hessian.diagonal().sqrt()

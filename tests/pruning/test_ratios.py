@@ -69,7 +69,8 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     """And the model is that of a run with this slope."""
     perplexity, measured = pruning.perplexity, windows_measured(monkeypatch)
     command += ["--prune_method", method, "--memory", memory, "--dtype", "float32", "--save_model"]
-    printed = run(*command, tmp_path / "line", "--layer_ratios", "line")
+    count, more = (6, ["--held_out", 6]) if method == "wanda" else (pruning.HELD_OUT, [])
+    printed = run(*command, tmp_path / "line", "--layer_ratios", "line", *more)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     tried, chosen = results["tried"]["layer_ratios"], results["chosen"]["layer_ratios"]
     assert results["flags"]["layer_ratios"] == "line"
@@ -84,7 +85,7 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     run(*command, tmp_path / "given", "--layer_ratios", chosen)
     line, given = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("line", "given"))
     assert line == given
-    held_out = [windows for windows in measured if len(windows) == pruning.HELD_OUT]
+    held_out = [windows for windows in measured if len(windows) == count]
     assert len(held_out) == len(tried) and all(torch.equal(windows, held_out[0]) for windows in held_out)
     model = loading.load(str(tmp_path / "given"), dtype="float32", device="cpu")
     assert perplexity(model, held_out[0]) == pytest.approx(tried[chosen], rel=1e-5)
