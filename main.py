@@ -30,7 +30,8 @@ from lib.gradients.folder import GradientNorms
 from lib.models import checks, fingerprint, loading, memory, store
 from lib.models.decoder import Decoder
 from lib.pruning import ratios, selection
-from lib.pruning.prune import METHODS, Errors, NotFinite, Zeros, needs_windows, prune, share_of_zeros
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import Errors, NotFinite, Zeros, needs_windows, prune, share_of_zeros
 
 logger = logging.getLogger("main")
 

@@ -10,7 +10,7 @@ from lib.data import sources
 from lib.evaluation import zero_shot
 from lib.pruning import ratios, scores, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA
+from lib.pruning.methods import MAX_ALPHA, METHODS, PAPER_ALPHA
 from lib.pruning.update import RECIPES, UPDATES, Recipe
 
 AUTO = "auto"  # of --alpha

@@ -33,7 +33,8 @@ from lib.gradients.folder import GradientNorms
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_2_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}

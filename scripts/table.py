@@ -23,7 +23,8 @@ from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
 from lib.pruning import ratios, selection
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import MAX_ALPHA, METHODS, PAPER_ALPHA, prune, share_of_zeros
+from lib.pruning.methods import MAX_ALPHA, METHODS, PAPER_ALPHA
+from lib.pruning.prune import prune, share_of_zeros
 from lib.pruning.update import PUBLISHED, RECIPES
 
 # What makes two rows one; "steps" are the recipe's, which may be others one day.

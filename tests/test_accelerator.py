@@ -16,7 +16,8 @@ from lib.gradients.walk import gradient_norms
 from lib.models import fingerprint, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune
 from lib.pruning.update import RECIPES, Recipe
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from lib.data.windows import calibration_windows, evaluation_tokens
 from lib.evaluation.perplexity import perplexity, windows_of
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune
 
 pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512

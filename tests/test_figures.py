@@ -14,7 +14,8 @@ from test_collect_results import write
 from lib import figures
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune
 
 LARGEST = 300_000  # bytes of a PNG in the repository
 

@@ -16,7 +16,7 @@ from lib.models import loading
 from lib.pruning import scores
 from lib.pruning.activations import ActivationNorm, observe
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import mask_of
+from lib.pruning.methods import mask_of
 from lib.pruning.sparsegpt import Hessian, solve
 
 pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]

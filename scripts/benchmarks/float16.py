@@ -19,7 +19,8 @@ from lib.data.windows import calibration_windows
 from lib.gradients.walk import SCALE, gradient_norms
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import PAPER_ALPHA, prune
+from lib.pruning.methods import PAPER_ALPHA
+from lib.pruning.prune import prune
 
 RATIO = 0.5
 

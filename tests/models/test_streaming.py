@@ -14,7 +14,8 @@ from lib.evaluation.perplexity import perplexity
 from lib.gradients.walk import gradient_norms
 from lib.models import checkpoint, loading, memory, store
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune
 from lib.pruning.selection import select
 
 FAMILIES = ["llama", "llama-gqa-tied", "qwen2", "gemma2", "phi3", "opt"]

@@ -11,7 +11,8 @@ from tiny_configs import tiny_model
 
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune, share_of_zeros
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune, share_of_zeros
 from lib.pruning.selection import select
 
 N, EXPERTS = 6, 8

@@ -8,7 +8,8 @@ from torch import nn
 
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import METHODS, prune, share_of_zeros
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune, share_of_zeros
 from lib.pruning.selection import select
 
 N = 4

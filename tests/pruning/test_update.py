@@ -12,7 +12,8 @@ from lib import parallel
 from lib.models import loading
 from lib.pruning import update
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row
-from lib.pruning.prune import METHODS, prune, share_of_zeros
+from lib.pruning.methods import METHODS
+from lib.pruning.prune import prune, share_of_zeros
 from lib.pruning.reconstruction import relative_error
 from lib.pruning.selection import select
 from lib.pruning.update import RECIPES, Recipe
