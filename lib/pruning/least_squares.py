@@ -38,15 +38,15 @@ def solve(
     residual = (dense - start) @ hessian  # half the negative gradient of the error, on the mask as well
     before = _rows(residual, dense - start)
     direction = residual * precondition
-    size = _rows(residual, direction)
+    size, image = _rows(residual, direction), torch.empty_like(direction)
     for _ in range(steps):
-        image = direction @ hessian
+        torch.mm(direction, hessian, out=image)
         length = _quotient(size, _rows(direction, image))
         v.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        preconditioned = residual * precondition
+        preconditioned = torch.mul(residual, precondition, out=image)
         previous, size = size, _rows(residual, preconditioned)
-        direction = preconditioned.addcmul_(_quotient(size, previous), direction)
+        direction, image = preconditioned.addcmul_(_quotient(size, previous), direction), direction
     after = _rows(residual, dense - v)
     return torch.where(after > before, start, v)  # not where either is NaN: that has to be seen
 
