@@ -7,7 +7,6 @@ selecting one value is enough.
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 VARIANT_SHARE = 0.8  # of a row's total, at most, is removed by `--use_variant`

@@ -100,7 +100,7 @@ def relative_errors(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Te
     """Of a linear's outputs on the samples of a Hessian, `||X (V - W)^T||^2 / ||X W^T||^2`: (2,), V masked alone and as it is.
 
     `dense` is W and `pruned` V, (out, in), of one dtype; the mask is where V is zero. They are to be read, not computed with:
-    bfloat16 weights are multiplied as they are, which costs the third digit, and more of errors below 1e-4 where all inputs
+    bfloat16 weights are multiplied as they are, which costs the fourth digit, and more of errors below 1e-4 where all inputs
     share a large mean.
     """
     dtype = dense.dtype if dense.dtype == torch.bfloat16 else hessian.dtype  # float16 could not hold H
