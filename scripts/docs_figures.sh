@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of the documents, docs/figures/, and the rows behind them, docs/results/demo.jsonl, on the demo model and text.
+# The figures of the documents, docs/figures/, and the rows behind those of the demo model and text, docs/results/demo.jsonl.
 #   bash scripts/docs_figures.sh
 # About an hour on two idle cores. A row that is there is not computed again: a run that was stopped goes on.
 set -euo pipefail
@@ -19,6 +19,6 @@ rows() {
 }
 rows --patterns unstructured --ratios 0.5 0.3 0.7 0.6 0.4 0.2 0.8 0.1
 rows --methods wanda --recipes fast best max --patterns unstructured --ratios 0.5 0.7 0.6 0.3 0.8 0.4 0.2 0.1
-rows --methods wanda gblm --patterns 4:8 2:4
-rows --methods gblm --alphas 10 1000 10000 1 100000 --patterns unstructured 2:4 4:8
-python scripts/plot_results.py docs/results/demo.jsonl --output docs/figures --dark
+for results in smollm2-135m-c4 demo; do  # perplexity against alpha, and against sparsity
+    python scripts/plot_results.py docs/results/$results.jsonl --output docs/figures --dark
+done
