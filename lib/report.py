@@ -130,7 +130,8 @@ def write(folder: str, results: dict, plots: bool = False) -> None:
     errors = errors_left(results["errors_by_block"])
     for what, name in FILES.items():
         if what in errors:
-            draw = partial(figures.blocks, by_block=_by_kind(errors[what]), ylabel=f"{what} left".replace("_", " "))
+            label = "error left" if what == "error" else "error left, held out"
+            draw = partial(figures.blocks, by_block=_by_kind(errors[what]), ylabel=label)
             figures.save(draw, path / name, SIZE, ends=ends)
         else:  # an earlier run's
             for end in (".png", ".pdf"):
