@@ -60,7 +60,7 @@ def per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:
 
 def whole_matrix(score: torch.Tensor, ratio: float) -> torch.Tensor:
     """Remove every score not above the value at position `int(out * in * ratio)` of the ascending order."""
-    return score <= value_at(score, int(score.numel() * ratio))
+    return score <= _selected(score.flatten(), int(score.numel() * ratio))
 
 
 def n_of_m(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -113,11 +113,6 @@ def lowest_of(mask: torch.Tensor, score: torch.Tensor, share: float) -> torch.Te
         return (score <= _selected(marked.flatten(), int(count) - 1, reordered=True)).logical_and_(mask)
     position = count.long() - 1  # sorted, which takes longer, but nobody has to wait to know how many they are
     return mask & (score <= marked.flatten().sort().values.gather(0, position.clamp(min=0)[None])) & (position >= 0)
-
-
-def value_at(values: torch.Tensor, position: int) -> torch.Tensor:
-    """The value at `position` (from 0) of the ascending order of all `values`, without sorting them."""
-    return _selected(values.flatten(), position)[0]
 
 
 def _selected(values: torch.Tensor, position: int, reordered: bool = False) -> torch.Tensor:

@@ -73,15 +73,8 @@ def prune(
     rule, options = METHODS[method], {"alpha": alpha, "inverse": gradient_inv, "use_variant": use_variant}
     statistic = rule.observes(recipe)
     held_out = None if recipe.update == "none" else held_out
-    states, dense, held_states = _enter(
-        decoder,
-        [
-            windows if needs_windows(method, recipe) else None,
-            windows if recipe.follows_dense else None,
-            held_out,
-        ],
-        hidden_states,
-    )
+    streams = [windows if needs_windows(method, recipe) else None, windows if recipe.follows_dense else None, held_out]
+    states, dense, held_states = _enter(decoder, streams, hidden_states)
     zeros: Zeros = {}
     for i in tqdm(range(len(decoder)), desc=f"pruning ({method})", unit="block", disable=None):
         with decoder.resident(i) as block:

@@ -41,6 +41,18 @@ def test_per_row_is_the_stable_sort(kind, ratio):
     assert torch.equal(masks.per_row(score, ratio), stable_lowest(score, int(48 * ratio)))
 
 
+@pytest.mark.parametrize("kind", ["ties", "zeros", "all different"])
+def test_thresholds_are_found_in_parts_of_a_matrix(kind, monkeypatch):
+    """Of three rows, of one, and where a part is smaller than a row; the scores stay as they are."""
+    score = scores(kind)
+    before, expected = score.clone(), masks.per_row(score, 0.4)
+    for part in (150, 48, 5):
+        monkeypatch.setattr(masks, "PART", part)
+        assert torch.equal(masks.per_row(score, 0.4), expected) and torch.equal(score, before)
+        lowest = masks.lowest_of(expected, score, 0.5)
+        assert not (lowest & ~expected).any() and torch.equal(score, before)
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (5, 8), (6, 12), (8, 16), (3, 24)])
 def test_n_of_m_is_the_stable_sort_of_every_group(kind, n, m):

@@ -192,6 +192,16 @@ def test_errors_on_windows_held_out_are_those_of_the_outputs_there(caplog):
     assert "block 1: relative error of its linears 0." in caplog.text and "on windows held out 0." in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_errors_are_good_to_two_digits_in_every_dtype(dtype):
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) * 30 + 10  # float16 could not hold this Hessian
+    w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    v = (1.1 * w).masked_fill(w.abs() < 0.5, 0)
+    found = update.relative_errors(w, v, x.T @ x)
+    outputs = [((x.double() @ d.double().T) ** 2).sum() for d in (w, w.masked_fill(v != 0, 0), w.double() - v.double())]
+    assert found.tolist() == pytest.approx([(error / outputs[0]).item() for error in outputs[1:]], rel=0.01)
+
+
 def test_stages_remove_what_they_should():
     assert update.shares(1) == [1]
     assert update.shares(2) == [0.875, 1]
