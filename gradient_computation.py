@@ -14,12 +14,17 @@ from pathlib import Path
 
 import torch
 
-from lib import entry, files, flags, inputs, parallel, report
+from lib import parallel
+from lib.cli import command, flags
+from lib.cli.open import Outline, check_vocabulary, load, open_model, read_calibration
+from lib.errors import Refusal
 from lib.gradients.folder import GradientNorms, GradientWriter, folder_of, scales_of
+from lib.gradients.resume import GradientWork
 from lib.gradients.walk import NORMS, SCALE, gradient_norms
-from lib.gradients.work import GradientWork
-from lib.models import fingerprint, loading
+from lib.models import fingerprint, loading, memory
 from lib.models.decoder import Decoder
+from lib.results import record
+from lib.results.phases import Phases
 
 logger = logging.getLogger("gradient_computation")
 
@@ -29,32 +34,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser, groups = flags.parser_of(__doc__)
     flags.add_common_flags(groups)
     flags.add_memory_flags(groups)
-    groups.method.add_argument(
+    groups.published.add_argument(
         "--scale",
         type=flags.number_above(0),
         default=SCALE,
-        help="factor on the gradients, baked into the stored norms (default: %(default)s)",
+        help="factor that gradients are multiplied with before their norms are taken and stored (default: %(default)g)",
     )
-    groups.output.add_argument(
+    groups.published.add_argument(
         "--llama_version",
         type=int,
         choices=(1, 2),
         default=2,
-        help="names the output folder, gradients/llama1 or llama2 (default: %(default)s)",
+        help="chooses the name of the output folder, gradients/llama1 or gradients/llama2 (default: %(default)s)",
     )
     groups.method.add_argument(
-        "--norms", nargs="+", choices=NORMS, default=list(NORMS), help="l1 is sum |G|, l2 is sqrt(sum G^2) (default: both)"
+        "--norms",
+        nargs="+",
+        choices=NORMS,
+        default=list(NORMS),
+        help="which norms to store: l1 is sum |G|, l2 is sqrt(sum G^2) (default: both)",
     )
     groups.output.add_argument(
         "--norm_dtype",
         choices=("float16", "float32"),
         default="float16",
-        help="of the stored norms; float32 has no underflow or overflow and twice the size (default: %(default)s)",
+        help="number format of the stored norms; float32 takes twice the space, and no norm underflows or overflows in it "
+        "(default: %(default)s)",
     )
     groups.output.add_argument(
-        "--output_dir", default="gradients", metavar="DIR", help="where the folders of norms go (default: %(default)s)"
+        "--output_dir",
+        default="gradients",
+        metavar="DIR",
+        help="folder that the folders of norms are written to (default: %(default)s)",
     )
-    groups.output.add_argument("--resume", action="store_true", help="go on with a run of the same flags that was stopped")
+    groups.output.add_argument("--resume", action="store_true", help="continue a run with the same flags that was stopped")
     args = parser.parse_args(argv)
     flags.check_common_flags(parser, args)
     least, largest = scales_of(loading.DTYPES[args.norm_dtype])
@@ -65,73 +78,49 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"{args.norm_dtype}: use the published {SCALE:g}{other}"
         )
     try:
-        files.check_writable(args.output_dir)
-    except OSError as error:
-        parser.error(f"--output_dir cannot be written: {error}: choose another folder")
+        flags.check_writable("--output_dir", args.output_dir)
+    except Refusal as error:
+        parser.error(str(error))
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Windows, model, gradients, folders."""
-    device = entry.start(args)
+    device = command.start(args.device, args.nsamples)
     norms = tuple(sorted(set(args.norms)))
-    outline, tokenizer = inputs.open_model(args)
-    inputs.settle_bos(args, outline, tokenizer)
-    windows = inputs.read_calibration(args, tokenizer)
-    inputs.check_vocabulary(args, outline, tokenizer, windows)
+    outline = open_model(args)
+    windows = read_calibration(args, outline)
+    check_vocabulary(args, outline, windows)
     logger.info("%d samples of %d tokens from %s", *windows.shape, args.dataset)
-    own, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
-    decoder, chosen = inputs.load(args, device, outline, sums_per_weight=4 * len(norms), graph=True)
+    share, first = parallel.share(windows), parallel.share(torch.arange(len(windows)))[0].item()
+    decoder, plan = load(args, device, outline, memory.Needs(sums_per_weight=4 * len(norms), graph=True))
 
-    provenance = {
-        "model": args.model,
-        "nsamples": args.nsamples,
-        "seq_length": args.seq_length,
-        "scale": args.scale,
-        "seed": args.seed,
-        "dataset": args.dataset,
-        "pack": args.pack,
-        "text_column": args.text_column,
-        "bos": args.bos,
-        "dtype": str(decoder.model.dtype).removeprefix("torch."),
-        "processes": parallel.world(),
-        "versions": report.versions(),
-    }
-    if args.revision:
-        provenance["revision"] = args.revision
+    provenance = provenance_of(args, outline, decoder)
     folders = {norm: folder_of(args.output_dir, args.llama_version, norm, args.model) for norm in norms}
     for folder in folders.values() if parallel.rank() == 0 else ():
         point_out_earlier(folder, provenance, decoder)
     settings = {
         **provenance,
         "norms": list(norms),
-        "memory": "streamed" if chosen.streamed else "resident",
-        "windows": checksum(own),
+        "memory": "streamed" if plan.streamed else "resident",
+        "windows": checksum(share),
         "weights": fingerprint.checksum(decoder),
     }
     name = folder_of(args.output_dir, args.llama_version, "work", args.model).name
     place = next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}")
-    with GradientWork(place, settings, device, args.resume) as work, ExitStack() as stack:
+    with GradientWork(place, settings, device, args.resume) as work, ExitStack() as stack, memory.watched(plan, device):
         if work.done:
-            logger.info("going on after %d of %d samples", work.done, len(own))
-        writers = {}
-        for norm, folder in folders.items():
-            writers[norm] = stack.enter_context(GradientWriter(folder, loading.DTYPES[args.norm_dtype]))
-        with report.Phases(device)("gradients"):
-            walk = gradient_norms(
-                decoder,
-                own,
-                norms=norms,
-                scale=args.scale,
-                keep_graph=not chosen.streamed,
-                group=chosen.group(len(own), len(decoder) + 2) if chosen.streamed else None,
-                work=work,
-                first=first,
-            )
-            for i, sums in walk:
-                few = fingerprint.of_block(decoder, i)
+            logger.info("going on after %d of %d samples", work.done, len(share))
+        dtype = loading.DTYPES[args.norm_dtype]
+        writers = {norm: stack.enter_context(GradientWriter(folder, dtype)) for norm, folder in folders.items()}
+        with Phases(device)("gradients"):
+            group = plan.group(len(share), len(decoder) + 2) if plan.streamed else None
+            for i, sums in gradient_norms(
+                decoder, share, norms=norms, scale=args.scale, keep_graph=not plan.streamed, group=group, work=work, first=first
+            ):
+                few_weights = fingerprint.of_block(decoder, i)
                 for norm, writer in writers.items():
-                    writer.write_block(i, sums.result(norm), few)
+                    writer.write_block(i, sums.result(norm), few_weights)
         for norm, writer in writers.items():
             writer.finish({"norm": norm, **provenance, "missing": work.missing})
             if parallel.rank() == 0:
@@ -143,16 +132,28 @@ def main(args: argparse.Namespace) -> None:
         work.remove()
 
 
+def provenance_of(args: argparse.Namespace, outline: Outline, decoder: Decoder) -> dict:
+    """What the norms depend on, as their folder's index has it."""
+    flags = ("model", "nsamples", "seq_length", "scale", "seed", "dataset", "pack", "text_column")
+    provenance = {flag: getattr(args, flag) for flag in flags} | {
+        "bos": outline.bos,
+        "dtype": str(decoder.model.dtype).removeprefix("torch."),
+        "processes": parallel.world(),
+        "versions": record.versions(),
+    }
+    return provenance | ({"revision": args.revision} if args.revision else {})
+
+
 def point_out_earlier(folder: Path, provenance: dict, decoder: Decoder) -> None:
     """Say what of another model or other settings is replaced by the gradients of this run, if anything is."""
     try:
         earlier = GradientNorms(folder)
-    except (FileNotFoundError, ValueError):  # nothing that main.py would use
-        report.point_out_unknown(folder)
+    except Refusal:  # nothing that main.py would use
+        record.point_out_unknown(folder)
         return
     now = {**provenance, "weights": "this model's"}
     before = {key: earlier.index.get(key) for key in provenance}
-    report.point_out_earlier(
+    record.point_out_earlier(
         folder, {**before, "weights": "this model's" if earlier.is_of(decoder) else "another model's"}, now
     )
 
@@ -163,4 +164,4 @@ def checksum(windows: torch.Tensor) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

@@ -8,6 +8,8 @@ import os
 import torch
 import torch.distributed as dist
 
+_rank_before = 0  # of this process in a group that it has left
+
 
 def start(device: torch.device) -> torch.device:
     """Join the other ranks, if a launcher started any; returns the device of this rank."""
@@ -22,9 +24,11 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the group, after all have come this far."""
+    """Leave the group, after all have come this far; `rank` stays what it was."""
+    global _rank_before
     if dist.is_initialized():
         wait()
+        _rank_before = rank()
         dist.destroy_process_group()
 
 
@@ -34,8 +38,8 @@ def world() -> int:
 
 
 def rank() -> int:
-    """This process' number; rank 0 is the one that writes and prints."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process' number; rank 0 prints, and writes what is not divided among the processes."""
+    return dist.get_rank() if dist.is_initialized() else _rank_before
 
 
 def local_world() -> int:

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import flags
-from lib.models import fetch, loading
+from lib.cli import flags
+from lib.models import loading
 from lib.models.decoder import Decoder
-from lib.models.weights import kind_of
+from lib.models.files import fetch
+from lib.models.matrices import kind_of
 from lib.pruning.masks import Sparsity
-from lib.pruning.selection import Targets, select
+from lib.pruning.targets import Targets, select
 
 PIECE = 2**24  # weights read at a time
 SHOWN = 20  # of many problems

@@ -20,8 +20,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import entry, flags, results
-from lib.results import Run
+from lib.cli import command, flags
+from lib.errors import InvalidInput
+from lib.results import read
+from lib.results.read import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"^(<!-- table ([^\n]+) -->)$.*?^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE)
@@ -59,7 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Write the table, or fill the pages."""
-    entry.set_up_logging()
+    command.set_up_logging()
     for page in args.fill:
         page.write_text(filled(page.read_text()))
         print(f"tables of {page} made anew")
@@ -91,14 +93,14 @@ def chosen(args: argparse.Namespace) -> list[list[Run]]:
     Raises:
         ValueError: no run is left, or a name that no run has.
     """
-    runs = results.read(args.results)
+    runs = read.read(args.results)
     for name, _, values in (text.partition("=") for text in args.where):
         if not any(name == "seed" or name in run.settings for run in runs):
-            raise ValueError(f"--where {name}: the runs have no such setting, but {', '.join(runs[0].settings)} and seed")
+            raise InvalidInput(f"--where {name}: the runs have no such setting, but {', '.join(runs[0].settings)} and seed")
         runs = [run for run in runs if setting(run, name) in values.split(",")]
     if not runs:
-        raise ValueError(f"no run has {' '.join(args.where)}")
-    return [[run] for run in runs] if args.each else results.by_settings(runs)
+        raise InvalidInput(f"no run has {' '.join(args.where)}")
+    return [[run] for run in runs] if args.each else read.by_settings(runs)
 
 
 def setting(run: Run, name: str) -> str:
@@ -111,10 +113,10 @@ def columns_of(groups: list[list[Run]], columns: list[str] | None) -> list[str]:
     runs = [run for group in groups for run in group]
     if columns is None:
         measured = [name for name in MEASURED if any(cell(group, name) for group in groups)]
-        return list(dict.fromkeys(["method", "pattern", "ratio", *results.varying(runs), *measured]))
+        return list(dict.fromkeys(["method", "pattern", "ratio", *read.varying(runs), *measured]))
     known = {"seed", *MEASURED, *(name for run in runs for name in run.settings)}
     if unknown := [name for name in columns if name not in known]:
-        raise ValueError(f"--columns {unknown[0]} is none of {', '.join(sorted(known))}")
+        raise InvalidInput(f"--columns {unknown[0]} is none of {', '.join(sorted(known))}")
     return columns
 
 
@@ -179,4 +181,4 @@ def write_csv(path: Path, groups: list[list[Run]], columns: list[str] | None) ->
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

@@ -30,15 +30,17 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_configs import TYPES, VOCABULARY, WRAPPERS, tiny_model
 
+from lib.errors import InvalidInput
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
-from lib.models.checkpoint import Checkpoint
 from lib.models.decoder import Decoder
-from lib.models.store import Store
-from lib.models.weights import kind_of
+from lib.models.files.checkpoint import Checkpoint
+from lib.models.files.pruned_checkpoint import Store
+from lib.models.matrices import kind_of
 from lib.pruning.masks import Sparsity
+from lib.pruning.methods import Settings
 from lib.pruning.prune import prune
-from lib.pruning.selection import select
+from lib.pruning.targets import select
 
 SAMPLES, LENGTH, SCALE = 3, 12, 100.0
 TOLERANCE = 1e-4
@@ -86,7 +88,7 @@ def check(kind: str, **changes) -> str:
             loading.outline(str(dense))
             decoder = load(dense)
         except ValueError as error:
-            raise ValueError(str(error).replace(str(dense), "it")) from error
+            raise InvalidInput(str(error).replace(str(dense), "it")) from error
         check_gradients(copy.deepcopy(decoder.model), decoder, windows)
         check_pruning(dense, windows)
     return f"{decoder.share:.1%}"
@@ -135,15 +137,12 @@ def check_pruning(folder: Path, windows: torch.Tensor) -> None:
     decoder, streamed = load(folder), load(folder, streamed=True)
     dense = copy.deepcopy(decoder.model)
     ratio = Sparsity(0.5)
-    prune(decoder, windows, method="wanda", sparsity=ratio)
+    list(prune(decoder, windows, Settings("wanda", select(decoder, ratio))))
     store = Store(pruned, streamed.source)
     targets = select(streamed, ratio)
 
-    def finished(i: int, block: nn.Module) -> None:
-        matrices = streamed.linears(i)
-        store.write_block(streamed.prefixes[i], block, {matrices[name].tensor_name for name in targets.get(i, {})})
-
-    prune(streamed, windows, method="wanda", sparsity=targets, finished=finished)
+    for block in prune(streamed, windows, Settings("wanda", targets)):
+        store.write_block(streamed, block.index, targets.get(block.index, ()))
     store.finish()
     before, after = Checkpoint(str(folder)), Checkpoint(str(pruned))
     if before.where != after.where:

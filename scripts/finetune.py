@@ -21,11 +21,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import entry, flags, inputs
+from lib.cli import command, flags
+from lib.cli.open import check_vocabulary, open_model, read_calibration, read_evaluation
 from lib.data import sources
+from lib.errors import Refusal
 from lib.evaluation.perplexity import perplexity
-from lib.models import fetch, loading, store
+from lib.models import loading
 from lib.models.decoder import Decoder
+from lib.models.files import fetch, pruned_checkpoint
 from lib.models.recovery import KeepZeros, add_adapters
 
 RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates; usual ones, not tuned on any model
@@ -50,7 +53,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     groups.output.add_argument("--save_model", required=True, metavar="DIR", help="folder for the trained checkpoint")
     args = parser.parse_args(argv)
     flags.check_common_flags(parser, args)
-    flags.check_save_model(parser, args)
     if args.learning_rate is None:
         args.learning_rate = RATES["LoRA" if args.lora else "full"]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -60,41 +62,42 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"this script uses one GPU, and {torch.cuda.device_count()} are visible: set CUDA_VISIBLE_DEVICES to its number"
         )
     try:
+        flags.check_save_model(args)
         sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
-    except (ValueError, FileNotFoundError) as error:
+    except Refusal as error:
         parser.error(str(error))
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, train, save, measure what was saved."""
-    device = entry.start(args)
-    outline, tokenizer = inputs.open_model(args)
-    inputs.settle_bos(args, outline, tokenizer)
-    windows = inputs.read_calibration(args, tokenizer)
-    evaluation = inputs.read_evaluation(args, tokenizer, args.eval_dataset)
-    inputs.check_vocabulary(args, outline, tokenizer, windows, evaluation)
+    device = command.start(args.device, args.nsamples)
+    outline = open_model(args)
+    windows = read_calibration(args, outline)
+    evaluation = read_evaluation(args, outline, args.eval_dataset)
+    check_vocabulary(args, outline, windows, evaluation)
 
     def loaded(folder: str, dtype: str) -> Decoder:
         return loading.load(folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
 
     fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir, weights=True)
-    before = perplexity(loaded(args.folder, args.dtype), evaluation)
+    before = perplexity(loaded(outline.folder, args.dtype), evaluation)
     print(f"perplexity {before:.4f} before training", flush=True)
-    decoder = loaded(args.folder, "float32")
-    dense = loading.dense_tensors(args.folder, decoder)
-    written = store.Store(args.save_model, dense, updated=True)
+    decoder = loaded(outline.folder, "float32")
+    dense = loading.dense_tensors(outline.folder, decoder)
+    written = pruned_checkpoint.Store(args.save_model, dense, updated=True)
     with contextlib.ExitStack() as unfinished:
         unfinished.callback(written.discard)
         keep = KeepZeros(decoder)
         train(decoder, keep, windows, args)
         keep.keep_others(dense)
-        written.write_block("", decoder.model, [name for name in decoder.model.state_dict() if name in dense.group_of])
+        state = decoder.model.state_dict()
+        written.write(state, [name for name in state if name in dense.group_of])
         written.finish()
     del decoder, keep, written
     gc.collect()
     after = perplexity(loaded(args.save_model, args.dtype), evaluation)
-    zeros, total = same_zeros(args.folder, args.save_model, args.trust_remote_code)
+    zeros, total = same_zeros(outline.folder, args.save_model, args.trust_remote_code)
     print(f"sparsity {zeros / total:.4f}, the same {zeros} zeros before and after")
     print(f"perplexity {after:.4f} after training ({before:.4f} before) on {args.eval_dataset}, {len(evaluation)} windows")
     print(f"checkpoint saved in {args.save_model}")
@@ -147,4 +150,4 @@ def same_zeros(before: str, after: str, trust_remote_code: bool = False) -> tupl
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

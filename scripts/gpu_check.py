@@ -33,8 +33,9 @@ from lib.gradients.folder import GradientNorms
 from lib.gradients.walk import gradient_norms
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.methods import METHODS
+from lib.pruning.methods import METHODS, Settings
 from lib.pruning.prune import prune
+from lib.pruning.targets import select
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_2_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}
@@ -135,7 +136,8 @@ def compare_with_cpu(model: Path, device: str) -> None:
 
     def pruned(where: str, method: str, pattern: str) -> tuple[torch.Tensor, float]:
         decoder = on(where)
-        prune(decoder, windows, method=method, sparsity=Sparsity.parse(pattern, 0.5), gradients=expected.get)
+        settings = Settings(method, select(decoder, Sparsity.parse(pattern, 0.5)))
+        list(prune(decoder, windows, settings, gradients=expected.get))
         first = [(linear.weight == 0).flatten() for linear in decoder.linears(0).values()]
         return torch.cat(first).cpu(), perplexity(decoder, windows)
 
@@ -144,7 +146,7 @@ def compare_with_cpu(model: Path, device: str) -> None:
             (masks, here), (others, there) = (pruned(where, method, pattern) for where in ("cpu", device))
             alike = (masks == others).float().mean().item()
             expect(
-                alike >= (MASKS_ALIKE if METHODS[method].score else SOLVED_ALIKE)
+                alike >= (SOLVED_ALIKE if METHODS[method].solver else MASKS_ALIKE)
                 and abs(there / here - 1) < PERPLEXITY_TOLERANCE,
                 f"{method:>9} {pattern:<12} {100 * alike:.4f} % of the first block's mask bits agree, "
                 f"perplexity {there:.3f} (CPU {here:.3f})",

@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import entry, figures, flags
-from lib.models import fetch, loading
+from lib.cli import command, flags
+from lib.errors import InvalidInput
+from lib.models import loading
 from lib.models.decoder import Decoder
+from lib.models.files import fetch
+from lib.results import figures
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +55,7 @@ def kept(decoder: Decoder, linear: str) -> np.ndarray:
     for i, prefix in enumerate(decoder.prefixes):
         names |= {prefix + name: (prefix, matrix) for name, matrix in (decoder.linears(i) | decoder.routers(i)).items()}
     if linear not in names:
-        raise ValueError(
+        raise InvalidInput(
             f"--linear {linear} is none of the {len(names)} linears: they are called {next(iter(names))} and so on"
         )
     prefix, matrix = names[linear]
@@ -64,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     """Read the masks, say how alike they are, draw them."""
     names = args.names or [_name_of(path) for path in args.checkpoints]
     if len(set(names)) < len(names):
-        raise ValueError(f"both checkpoints are called {names[0]}: give them --names")
+        raise InvalidInput(f"both checkpoints are called {names[0]}: give them --names")
     masks = {}
     for name, path in zip(names, args.checkpoints, strict=True):
         folder = fetch.folder(path, cache_dir=args.cache_dir, weights=True)
@@ -73,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     first, *others = masks.values()
     for other in others:
         if other.shape != first.shape:
-            raise ValueError(
+            raise InvalidInput(
                 f"{args.linear} is {first.shape} in one checkpoint and {other.shape} in the other: compare one model's"
             )
         print(f"{(first == other).mean():.4f} of the mask's bits are equal")
@@ -93,4 +96,4 @@ def _name_of(checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import entry, figures, flags, results
-from lib.results import Run
+from lib.cli import command, flags
+from lib.errors import InvalidInput
+from lib.results import figures, read
+from lib.results.read import Run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,8 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Draw whatever the results can show."""
-    entry.set_up_logging()
-    runs = results.read(args.results)
+    command.set_up_logging()
+    runs = read.read(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
     for draw in (sparsity_curve, alpha_curve, seconds, values_per_block):
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
             drawn += len(paths := figures.save(drawing, args.output / name, size, themes))
             print(*paths, sep="\n")
     if not drawn:
-        raise ValueError(
+        raise InvalidInput(
             "these results show nothing that can be drawn: give runs of several sparsities or alphas, or results.json"
         )
 
@@ -67,7 +69,7 @@ def alpha_curve(runs: list[Run]):
         here = [run for run in runs if (run.settings["pattern"], run.settings["ratio"]) == (pattern, ratio)]
         curves = _curves([run for run in here if run.settings["alpha"]], "alpha")
         if curves:
-            others = results.by_settings(run for run in here if run.settings["method"] == "wanda")
+            others = read.by_settings(run for run in here if run.settings["method"] == "wanda")
             names = _names([group[0] for group in others], set())
             level = {name: _mean(group) for name, group in zip(names, others, strict=True)}
             title = pattern if pattern != "unstructured" else f"{100 * ratio:g} % unstructured"
@@ -115,7 +117,7 @@ def seconds(runs: list[Run]):
 def _curves(runs: list[Run], along: str, scale: float = 1) -> dict[str, figures.Line]:
     """{name: points (x, mean, standard deviation)} of the runs that differ in the setting `along`, where there are several."""
     curves: dict[str, list[list[Run]]] = {}
-    for group in results.by_settings(runs):
+    for group in read.by_settings(runs):
         rest = {name: value for name, value in group[0].settings.items() if name != along}
         curves.setdefault(repr(rest), []).append(group)
     several = [groups for groups in curves.values() if len(groups) > 1]
@@ -128,7 +130,7 @@ def _curves(runs: list[Run], along: str, scale: float = 1) -> dict[str, figures.
 
 def _names(runs: list[Run], without: set[str]) -> list[str]:
     """A name for each run: its method and the settings in which they differ, as "gblm, 2:4, nsamples 64"."""
-    differing = [name for name in results.varying(runs) if name not in {"method", *without}]
+    differing = [name for name in read.varying(runs) if name not in {"method", *without}]
     names: list[str] = []
     for run in runs:
         values = {name: run.settings[name] for name in differing if run.settings.get(name) is not None}
@@ -154,4 +156,4 @@ def _spread(group: list[Run]) -> float:
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

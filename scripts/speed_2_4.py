@@ -25,10 +25,11 @@ from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import entry, flags
-from lib.models import fetch, loading
-from lib.models.checkpoint import Checkpoint
+from lib.cli import command, flags
+from lib.models import loading
 from lib.models.decoder import Decoder
+from lib.models.files import fetch
+from lib.models.files.checkpoint import Checkpoint
 
 AMPERE = (8, 0)
 REPEATS = 20
@@ -209,4 +210,4 @@ def best_compressor() -> tuple[str, Callable]:
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

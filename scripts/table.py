@@ -17,15 +17,26 @@ from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import entry, files, flags, inputs, report
+from lib.cli import command, flags
+from lib.cli.open import (
+    check_vocabulary,
+    compare_samples,
+    load_weights,
+    open_model,
+    read_calibration,
+    read_evaluation,
+)
 from lib.data import sources
+from lib.errors import InvalidInput, Refusal
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.folder import GradientNorms
-from lib.pruning import ratios, selection
+from lib.pruning import targets
 from lib.pruning.masks import Sparsity
-from lib.pruning.methods import MAX_ALPHA, METHODS, PAPER_ALPHA
-from lib.pruning.prune import prune, share_of_zeros
-from lib.pruning.update import PUBLISHED, RECIPES
+from lib.pruning.methods import MAX_ALPHA, METHODS, PAPER_ALPHA, Settings
+from lib.pruning.outcome import share_of_zeros
+from lib.pruning.prune import prune
+from lib.pruning.updates.recipe import PUBLISHED, RECIPES
+from lib.results.phases import Phases
 
 # What makes two rows one; "steps" are the recipe's, which may be others one day.
 IDENTITY = ("method", "pattern", "ratio", "alpha", "settings", "recipe", "steps", "layer_ratios")
@@ -114,24 +125,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.layer_ratios = list(dict.fromkeys(args.layer_ratios))
         if any(args.layer_ratios):
             for ratio in args.ratios:
-                ratios.check(ratio)
+                targets.check_line(ratio)
         sources.check_source(args.eval_dataset, args.data_dir, "evaluation")
         args.done = rows_of(args.output)
-        files.check_writable(args.output.parent)
-    except (ValueError, OSError) as error:
+        flags.check_writable("--output", args.output.parent)
+    except Refusal as error:
         parser.error(str(error))
     return args
 
 
 def _slope(text: str) -> float:
     try:
-        if text == ratios.EQUAL or ratios.is_line(text):
-            slope = 0.0 if text == ratios.EQUAL else ratios.slope_of(text)
+        if text == targets.EQUAL or targets.is_line(text):
+            slope = 0.0 if text == targets.EQUAL else targets.slope_of(text)
             if slope is not None:
                 return slope
-    except ValueError as error:
+    except InvalidInput as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    raise argparse.ArgumentTypeError(f"{text} is neither {ratios.EQUAL} nor {ratios.LINE}:SLOPE, such as {ratios.LINE}:0.3")
+    raise argparse.ArgumentTypeError(f"{text} is neither {targets.EQUAL} nor {targets.LINE}:SLOPE, such as {targets.LINE}:0.3")
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -143,25 +154,24 @@ def rows_of(output: Path) -> list[dict]:
     try:
         rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
         if not all("method" in row and "settings" in row for row in rows):
-            raise ValueError("rows have a method and settings")
+            raise InvalidInput("rows have a method and settings")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--output {output} is not a table of this script ({error}): choose another file") from error
+        raise InvalidInput(f"--output {output} is not a table of this script ({error}): choose another file") from error
     return rows
 
 
 def main(args: argparse.Namespace) -> None:
     """Text and gradients once, then a model for every row."""
-    device, done = entry.start(args), args.done
+    device, done = command.start(args.device, args.nsamples), args.done
     gradients = GradientNorms(args.gradient_path) if args.gradient_path else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    outline, tokenizer = inputs.open_model(args)
-    inputs.settle_bos(args, outline, tokenizer)
-    calibration = inputs.read_calibration(args, tokenizer)
-    evaluation = inputs.read_evaluation(args, tokenizer, args.eval_dataset)[: args.windows]
-    inputs.check_vocabulary(args, outline, tokenizer, calibration, evaluation)
+    outline = open_model(args)
+    calibration = read_calibration(args, outline)
+    evaluation = read_evaluation(args, outline, args.eval_dataset)[: args.windows]
+    check_vocabulary(args, outline, calibration, evaluation)
     if gradients:
-        inputs.compare_samples(args, gradients)
+        compare_samples(args, outline, gradients)
     rows = [("dense", "", None, None, "none", 0.0)] if "dense" in args.methods else []
     for (pattern, sparsity), method in product(args.sparsities, args.methods):
         if method != "dense":
@@ -170,32 +180,31 @@ def main(args: argparse.Namespace) -> None:
             rows += [(method, pattern, sparsity, *more) for more in product(alphas, args.recipes, slopes)]
 
     checked = False
-    apart = ("methods", "patterns", "ratios", "alphas", "recipes", "layer_ratios", "output", "sparsities", "folder", "done")
-    common = {name: value for name, value in vars(args).items() if name not in apart}
+    apart = ("methods", "patterns", "ratios", "alphas", "recipes", "layer_ratios", "output", "sparsities", "done")
+    common = {name: value for name, value in (vars(args) | {"bos": outline.bos}).items() if name not in apart}
     for method, pattern, sparsity, alpha, recipe, slope in rows:
         row = {"method": method, "pattern": pattern, "ratio": sparsity and sparsity.ratio, "alpha": alpha, "settings": common}
         row |= {"recipe": recipe, "steps": asdict(RECIPES[recipe])} if recipe != "none" else {}
-        row |= {"layer_ratios": f"{ratios.LINE}:{slope:g}"} if slope else {}
+        row |= {"layer_ratios": f"{targets.LINE}:{slope:g}"} if slope else {}
         if any(all(row.get(name) == earlier.get(name) for name in IDENTITY) for earlier in done):
             print(f"{method} {pattern} {row['ratio']} is in {args.output} already")
             continue
-        decoder = inputs.load_weights(args, device)
+        decoder = load_weights(args, device, outline)
         if gradients and not checked:
             gradients.check(decoder)
             checked = True
-        phases = report.Phases(decoder.device)
+        phases = Phases(decoder.device)
         if method != "dense":
             with phases("prune"):
-                own = ratios.of_blocks(decoder, slope, sparsity.ratio) if slope else None
-                zeros = prune(
-                    decoder,
-                    calibration,
-                    method=method,
-                    sparsity=selection.select(decoder, sparsity, ratios=own),
-                    gradients=gradients and gradients.block,
-                    alpha=alpha / gradients.scale if alpha is not None else 1.0,
+                shares = targets.line_of(decoder, slope, sparsity.ratio) if slope else None
+                settings = Settings(
+                    method,
+                    targets.select(decoder, sparsity, ratios=shares),
+                    alpha / gradients.scale if alpha is not None else 1.0,
                     recipe=RECIPES.get(recipe, PUBLISHED),
                 )
+                norms = gradients.block if gradients else None
+                zeros = {block.index: block.zeros for block in prune(decoder, calibration, settings, gradients=norms)}
             row["sparsity"] = round(share_of_zeros(zeros), 4)
         with phases("perplexity"):
             row["perplexity"] = round(perplexity(decoder, evaluation), 4)
@@ -208,4 +217,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(parse, main)
+    command.run(parse, main)

@@ -21,6 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lib.models import loading
 from lib.models.decoder import Decoder
+from lib.pruning.masks import Sparsity
+from lib.pruning.methods import Settings
+from lib.pruning.outcome import Zeros
+from lib.pruning.prune import prune
+from lib.pruning.targets import Targets, select
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -93,6 +98,30 @@ def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float3
 
 def tiny_decoder(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, **changes) -> Decoder:
     return Decoder(tiny_model(family, dtype, **changes), DEVICE)
+
+
+def prune_model(
+    decoder: Decoder,
+    windows: torch.Tensor | None,
+    *,
+    method: str,
+    sparsity: Sparsity | Targets,
+    gradients=None,
+    held_out=None,
+    hidden_states=None,
+    finished=lambda i, block: None,
+    measured=lambda i, errors: None,
+    **how,
+) -> dict[int, Zeros]:
+    """`prune` to its end: the zeros of every block. `finished` and `measured` are called with each while it is resident."""
+    targets = sparsity if isinstance(sparsity, dict) else select(decoder, sparsity)
+    settings, zeros = Settings(method, targets, **how), {}
+    for one in prune(decoder, windows, settings, gradients=gradients, held_out=held_out, hidden_states=hidden_states):
+        zeros[one.index] = one.zeros
+        if one.errors:
+            measured(one.index, one.errors)
+        finished(one.index, one.block)
+    return zeros
 
 
 def random_windows(count: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerator import DEVICE, counted, install, same_kernels
-from conftest import TINY, random_windows, tiny_model
+from conftest import TINY, prune_model, random_windows, tiny_model
 from test_commands import run
 from torch.distributed.distributed_c10d import Backend, BackendConfig
 from transformers import AutoModelForCausalLM
@@ -17,8 +17,7 @@ from lib.models import fingerprint, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune
-from lib.pruning.update import RECIPES, Recipe
+from lib.pruning.updates.recipe import RECIPES, Recipe
 
 CPU = torch.device("cpu")
 N = 3  # samples
@@ -129,7 +128,7 @@ def test_pruned_weights_are_the_cpus_and_wait_for_the_device_once_a_block(method
     for device in (CPU, DEVICE):
         decoder = on(device)
         with counted() as traffic:
-            prune(
+            prune_model(
                 decoder,
                 windows_on_host() if rule.statistic else None,
                 method=method,
@@ -141,7 +140,7 @@ def test_pruned_weights_are_the_cpus_and_wait_for_the_device_once_a_block(method
         weights.append({name: tensor.cpu() for name, tensor in decoder.model.state_dict().items()})
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     entering = HEAD + 1 if rule.statistic else 0  # the windows go there once
-    factors = BLOCKS * LINEARS if rule.score is None else 0  # torch.cholesky_inverse looks whether it worked
+    factors = BLOCKS * LINEARS if rule.solver else 0  # torch.cholesky_inverse looks whether it worked
     assert traffic["waits"] == BLOCKS + entering + factors
     assert traffic["downloads"] == BLOCKS
     assert traffic["uploads"] == bool(rule.statistic) + rule.gradients * BLOCKS * LINEARS
@@ -153,7 +152,7 @@ def test_what_updates_wait_for(recipe):
     for device in (CPU, DEVICE):
         decoder = on(device)
         with counted() as traffic:
-            prune(decoder, windows_on_host(), method="wanda", sparsity=Sparsity.parse("2:4"), recipe=steps)
+            prune_model(decoder, windows_on_host(), method="wanda", sparsity=Sparsity.parse("2:4"), recipe=steps)
         weights.append({name: tensor.cpu() for name, tensor in decoder.model.state_dict().items()})
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     streams = 1 + steps.follows_dense
@@ -177,7 +176,7 @@ def test_hidden_states_on_the_host_cross_twice_a_block():
     for device in (CPU, DEVICE):
         decoder = on(device)
         with counted() as traffic:
-            prune(decoder, windows_on_host(), method="wanda", sparsity=Sparsity.parse("2:4"), hidden_states=1)
+            prune_model(decoder, windows_on_host(), method="wanda", sparsity=Sparsity.parse("2:4"), hidden_states=1)
         weights.append({name: tensor.cpu() for name, tensor in decoder.model.state_dict().items()})
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert traffic["uploads"] == 1 + N * (BLOCKS + BLOCKS - 1)  # observed, then advanced, but for the last block

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 import gradient_computation
 import main as pruning
-from lib import entry, hub
 from lib.models import checks
 from lib.models.decoder import Decoder
+from lib.models.files import hub
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation, "table.py": table}
 
@@ -104,7 +104,7 @@ def run(command: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, s
     """A command as from the command line, in this process: exit status and the last line of its standard error."""
     monkeypatch.setattr(sys, "argv", [command, *arguments])
     with pytest.raises(SystemExit) as stop:
-        entry.run(COMMANDS[command].parse, COMMANDS[command].main)
+        command.run(COMMANDS[command].parse, COMMANDS[command].main)
     if isinstance(stop.value.code, int):
         return stop.value.code, capsys.readouterr().err.strip()
     return 1, stop.value.code

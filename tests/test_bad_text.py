@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_commands import COMMANDS
 
-from lib import entry
+from lib.cli import command
 
 GOOD = {"text": " ".join(["w5 w6"] * 40)}
 CHAT = [{"role": "user", "content": "w5"}]
@@ -146,7 +146,7 @@ def command_line(monkeypatch, script: str, arguments: list[str]) -> tuple[int, s
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            entry.run(COMMANDS[script].parse, COMMANDS[script].main)
+            command.run(COMMANDS[script].parse, COMMANDS[script].main)
             status = 0
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1

@@ -10,7 +10,7 @@ from huggingface_hub import metadata_load
 from models.test_store import contents
 from test_commands import run
 
-from lib import card, tables
+from lib.results import card, tables
 
 RESULTS = {
     "flags": {"seq_length": 16, "model": "owner/name", "prune_method": "gblm", "sparsity_type": "2:4", "alpha": 100.0},

@@ -7,14 +7,14 @@ import sys
 import check_sparsity
 import pytest
 import torch
-from conftest import DEMO, ROOT, needs_demo, random_windows, tiny_decoder, tiny_model
+from conftest import DEMO, ROOT, needs_demo, prune_model, random_windows, tiny_decoder, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lib.models import loading, store
+from lib.models import loading
+from lib.models.files import pruned_checkpoint
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def change(folder, name: str, edit) -> None:
 
 
 def prune_to(folder, source, decoder, pattern: str) -> None:
-    written = store.Store(folder, loading.dense_tensors(str(source), decoder))
-    prune(
+    written = pruned_checkpoint.Store(folder, loading.dense_tensors(str(source), decoder))
+    prune_model(
         decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None),
-        finished=lambda i, block: written.write_block(decoder.prefixes[i], block, [f"{name}.weight" for name in decoder.linears(i)]),
+        finished=lambda i, block: written.write_block(decoder, i, decoder.linears(i)),
     )  # fmt: skip
     written.finish()
 

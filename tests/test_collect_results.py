@@ -1,4 +1,4 @@
-"""Results read back, as a table and in pages: lib/results.py and scripts/collect_results.py."""
+"""Results read back, as a table and in pages: lib/results/read.py and scripts/collect_results.py."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import collect_results
 import pytest
 from conftest import ROOT
 
-from lib import results
+from lib.results import read
 
 FLAGS = {
     "model": "models/tiny", "prune_method": "gblm", "sparsity_type": "unstructured", "sparsity_ratio": 0.5, "alpha": 100.0,
@@ -109,9 +109,9 @@ def test_rho_compares_with_sparsegpt_on_the_same_samples(tmp_path):
 def test_runs_of_other_settings_are_not_averaged(change, tmp_path):
     write(tmp_path, "a")
     write(tmp_path, "b", seed=1, **change)
-    first, second = results.by_settings(results.read([tmp_path]))
+    first, second = read.by_settings(read.read([tmp_path]))
     assert len(first) == len(second) == 1
-    assert results.varying([*first, *second])
+    assert read.varying([*first, *second])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_runs_of_other_settings_are_not_averaged(change, tmp_path):
 def test_places_and_flags_that_are_off_make_no_difference(change, tmp_path):
     write(tmp_path, "a")
     write(tmp_path, "b", seed=1, **change)
-    assert len(results.by_settings(results.read([tmp_path]))) == 1
+    assert len(read.by_settings(read.read([tmp_path]))) == 1
 
 
 def test_lines_of_table_py_and_results_of_main_py_are_one(tmp_path):
@@ -133,7 +133,7 @@ def test_lines_of_table_py_and_results_of_main_py_are_one(tmp_path):
     row = {"method": "gblm", "pattern": "unstructured", "ratio": 0.5, "alpha": 100, "settings": settings | {"seed": 1, "dtype": "float32"},
            "perplexity": 42.0, "phases": {"prune": {"seconds": 1, "peak_host_gb": 1}}}  # fmt: skip
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    ((one, other),) = results.by_settings(results.read([tmp_path]))
+    ((one, other),) = read.by_settings(read.read([tmp_path]))
     assert {one.perplexity, other.perplexity} == {40.0, 42.0}
 
 
@@ -141,7 +141,7 @@ def test_unfinished_runs_are_left_out_and_said(tmp_path, caplog):
     write(tmp_path, "a")
     write(tmp_path, "b", None, nsamples=8)
     write(tmp_path, "c", "NaN", nsamples=16)
-    runs = results.read([tmp_path])
+    runs = read.read([tmp_path])
     assert [run.settings["nsamples"] for run in runs] == [4, 16] and runs[1].perplexity != runs[1].perplexity
     assert "b/results.json is of a run that has not ended" in caplog.text
 
@@ -149,7 +149,7 @@ def test_unfinished_runs_are_left_out_and_said(tmp_path, caplog):
 def test_the_same_run_twice_counts_once(tmp_path, caplog):
     write(tmp_path, "a", 40.0)
     write(tmp_path, "b", 41.0)
-    (run,) = results.read([tmp_path])
+    (run,) = read.read([tmp_path])
     assert run.perplexity == 41.0 and "a/results.json, which is left out" in caplog.text
 
 
@@ -171,14 +171,14 @@ def test_where_chooses(tmp_path):
 def test_other_json_is_named(text, tmp_path):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match="results.json holds no results"):
-        results.read([tmp_path])
+        read.read([tmp_path])
 
 
 def test_places_without_results_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        results.read([tmp_path / "nowhere"])
+        read.read([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="no finished run"):
-        results.read([tmp_path])
+        read.read([tmp_path])
 
 
 def test_a_stale_table_of_a_page_is_noticed_and_made_anew():

@@ -14,21 +14,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradient_computation
 import main as pruning
-from lib import entry
+from lib.cli import command
 from lib.data import sources
 from lib.gradients.folder import GradientNorms
 from lib.models import loading
+from lib.pruning import search
 
 COMMANDS = {"main.py": pruning, "gradient_computation.py": gradient_computation}
 
 
 def run(script: str, *arguments) -> str:
     """Run a command in this process (a new one spends seconds on its imports); returns its standard output."""
-    command, printed = COMMANDS[script], io.StringIO()
+    script, printed = COMMANDS[script], io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             device = () if "--device" in arguments else ("--device", DEVICE)
-            command.main(command.parse([str(argument) for argument in (*arguments, *device)]))
+            script.main(script.parse([str(argument) for argument in (*arguments, *device)]))
     finally:
         print(printed.getvalue(), end="")  # what a command that fails printed is the test's to look at
     return printed.getvalue()
@@ -252,9 +253,9 @@ def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(
         json.loads("{")  # a ValueError, of another library
 
     with pytest.raises(SystemExit, match=r"error: dataset file nothing\.txt does not exist"):
-        entry.run(lambda: None, refused)
+        command.run(lambda: None, refused)
     with pytest.raises(json.JSONDecodeError):
-        entry.run(lambda: None, broken)
+        command.run(lambda: None, broken)
 
 
 def test_windows_in_batches_give_the_same_perplexity(flags, text, tmp_path):
@@ -345,12 +346,12 @@ def test_alpha_is_chosen_on_windows_held_out(flags, gradients, text, tmp_path, m
     printed = run("main.py", *command, "--alpha", "auto", "--save", tmp_path, "--save_model", tmp_path / "auto")
     results = json.loads((tmp_path / "results.json").read_text())
     tried = {float(alpha): perplexity for alpha, perplexity in results["tried"]["alpha"].items()}
-    assert tuple(tried) == pruning.ALPHAS and len(set(tried.values())) > 2
+    assert tuple(tried) == search.ALPHAS and len(set(tried.values())) > 2
     chosen = results["chosen"]["alpha"]
     assert results["flags"]["alpha"] == "auto"
     assert tried[chosen] == min(tried.values()) and f"--alpha {chosen} chosen" in printed
-    held_out = [windows for windows in measured if len(windows) == pruning.HELD_OUT]
-    assert len(held_out) == len(tried) and results["phases"]["choose alpha"]["seconds"] > 0
+    held_out = [windows for windows in measured if len(windows) == search.LEAST_HELD_OUT]
+    assert len(held_out) == len(tried) and results["phases"]["search alpha"]["seconds"] > 0
 
     run("main.py", *command, "--alpha", chosen, "--save", tmp_path / "again", "--save_model", tmp_path / "given")
     same = "model.safetensors"

@@ -8,7 +8,7 @@ import sys
 import own_task
 import pytest
 import torch
-from conftest import DEMO, ROOT, needs_demo
+from conftest import DEMO, ROOT, needs_demo, prune_model
 from own_task import needs_harness
 from test_commands import run
 from test_prune import gradient_of, naive_prune
@@ -16,12 +16,11 @@ from test_walk import autograd_norms, largest_difference, ours
 from torch import nn
 
 from lib.data.sources import documents
-from lib.data.windows import calibration_windows, evaluation_tokens
-from lib.evaluation.perplexity import perplexity, windows_of
+from lib.data.windows import calibration_windows, evaluation_tokens, windows_of
+from lib.evaluation.perplexity import perplexity
 from lib.models import loading
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune
 
 pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512
@@ -70,7 +69,7 @@ def test_masks_block_by_block(norms, windows):
         prefix = decoder.prefixes[i]
         return {name.removeprefix(prefix): norm.half() for name, norm in norms["l2"].items() if name.startswith(prefix)}
 
-    prune(decoder, windows, method="gblm", sparsity=Sparsity.parse("2:4"), gradients=stored, alpha=1.0)
+    prune_model(decoder, windows, method="gblm", sparsity=Sparsity.parse("2:4"), gradients=stored, alpha=1.0)
     for handle in observing:
         handle.remove()
     pruned = {name: decoder.model.state_dict()[f"{name}.weight"].clone() for name in norms["l2"]}
@@ -110,7 +109,7 @@ def test_first_four_blocks_end_to_end(windows, method, pattern):
     with torch.no_grad():
         naive_prune(naive.model, "model.layers", windows, method, pattern, ratio, count=4)
     sparsity = Sparsity.parse(pattern, ratio)
-    prune(decoder, windows, method=method, sparsity=sparsity, gradients=lambda i: gradient_of(decoder, i), alpha=1.0)
+    prune_model(decoder, windows, method=method, sparsity=sparsity, gradients=lambda i: gradient_of(decoder, i), alpha=1.0)
     for i in range(4):
         for name, linear in decoder.linears(i).items():
             assert torch.equal(linear.weight, naive.linears(i)[name].weight), f"block {i} {name}"
@@ -126,7 +125,7 @@ def test_perplexity_orders_as_in_the_paper(norms, windows, evaluation):
         def stored(i, prefixes=decoder.prefixes):
             return {name.removeprefix(prefixes[i]): norm for name, norm in norms["l2"].items() if name.startswith(prefixes[i])}
 
-        prune(decoder, windows, method=method, sparsity=Sparsity.parse("unstructured", 0.5), gradients=stored, alpha=1.0)
+        prune_model(decoder, windows, method=method, sparsity=Sparsity.parse("unstructured", 0.5), gradients=stored, alpha=1.0)
         found[method] = perplexity(decoder, evaluation)
     print(found)
     assert found["dense"] < min(found[method] for method in METHODS)

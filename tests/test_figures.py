@@ -6,16 +6,15 @@ import numpy as np
 import plot_mask
 import plot_results
 import pytest
-from conftest import ROOT, random_windows, tiny_decoder, tiny_model
+from conftest import ROOT, prune_model, random_windows, tiny_decoder, tiny_model
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from test_collect_results import write
 
-from lib import figures
 from lib.models import loading
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune
+from lib.results import figures
 
 LARGEST = 300_000  # bytes of a PNG in the repository
 
@@ -126,7 +125,7 @@ def checkpoints(tmp_path_factory):
         folders = []
         for method in ("wanda", "magnitude"):
             decoder = tiny_decoder(family)
-            prune(decoder, random_windows(4), method=method, sparsity=Sparsity.parse("unstructured", 0.5))
+            prune_model(decoder, random_windows(4), method=method, sparsity=Sparsity.parse("unstructured", 0.5))
             folders.append(tmp_path_factory.mktemp(method) / "model")
             decoder.model.cpu().save_pretrained(folders[-1])
         return folders

@@ -14,10 +14,9 @@ from lib.data.sources import documents
 from lib.data.windows import calibration_windows
 from lib.models import loading
 from lib.pruning import scores
-from lib.pruning.activations import ActivationNorm, observe
-from lib.pruning.masks import Sparsity
-from lib.pruning.methods import mask_of
-from lib.pruning.sparsegpt import Hessian, solve
+from lib.pruning.masks import Sparsity, mask_of
+from lib.pruning.statistics import ActivationNorm, Hessian, observe
+from lib.pruning.updates.sparsegpt import solve
 
 pytestmark = [pytest.mark.slow, needs_demo, pytest.mark.usefixtures("all_processors")]
 N, T = 4, 512
@@ -80,7 +79,7 @@ def statistics_of(decoder, i, states, ours, empty, accumulate):
             decoder.run(i, state.hidden, state.kwargs[i])
     for handle in handles:
         handle.remove()
-    return {name: seen[name].result(N) for name in linears}, {name: total for name, (total, _) in theirs.items()}
+    return {name: one.result(N) for name, one in seen.items()}, {name: total for name, (total, _) in theirs.items()}
 
 
 def only_ties_differ(score, ours, theirs, m) -> bool:
@@ -105,7 +104,7 @@ def test_wanda_in_every_block(entered, pruning, compressed, alone):
             decoder, i, states, ActivationNorm, theirs.make_empty_row_scalars, theirs.accumulate_row_scalars
         )
         for name, linear in decoder.linears(i).items():
-            assert torch.allclose(own[name].square(), scalars[name], rtol=1e-5)
+            assert torch.allclose(own[name].x_norm.square(), scalars[name], rtol=1e-5)
             for pattern, arguments in PATTERNS.items():
                 sparsity = Sparsity.parse(pattern, 0.5)
                 expected = theirs.sparsify_weight(linear.module, {linear.module: scalars[name].clone()}, *arguments)
@@ -115,7 +114,7 @@ def test_wanda_in_every_block(entered, pruning, compressed, alone):
                 if not torch.equal(same_norms, expected):
                     assert only_ties_differ(score, same_norms, expected, sparsity.m), f"block {i} {name} {pattern}"
                     ties += 1
-                pruned = linear.weight.masked_fill(mask_of(scores.wanda(linear.weight, own[name]), sparsity), 0)
+                pruned = linear.weight.masked_fill(mask_of(scores.wanda(linear.weight, own[name].x_norm), sparsity), 0)
                 differing, total = differing + (pruned != expected).sum().item(), total + pruned.numel()
                 if pattern == "2:4":
                     assert helpers.tensor_follows_mask_structure(pruned, "2:4")
@@ -149,7 +148,7 @@ def test_sparsegpt_in_the_first_block(entered, pruning, alone, pattern):
         hessian, width = hessians[name], linear.in_features
         norms = hessian.diagonal().sqrt()
         # N * T products, added in any order: at worst as many roundings, each of at most |x_i| |x_j| (Cauchy-Schwarz).
-        assert ((own[name] - hessian).abs() <= N * T * HALF_ULP * torch.outer(norms, norms)).all()
+        assert ((own[name].hessian - hessian).abs() <= N * T * HALF_ULP * torch.outer(norms, norms)).all()
 
         exact = nn.Linear(width, linear.shape[0], dtype=torch.float64)
         exact.weight = nn.Parameter(linear.weight.double(), requires_grad=False)
@@ -159,7 +158,7 @@ def test_sparsegpt_in_the_first_block(entered, pruning, alone, pattern):
         assert (solved - expected).norm() < 1e-9 * expected.norm(), name
 
         # The damped Hessian's condition number is at most width / DAMPING + 1: no fp32 inverse need be better than that.
-        pruned, slack = solve(linear.weight, own[name], sparsity), (width / DAMPING + 1) * HALF_ULP
+        pruned, slack = solve(linear.weight, own[name].hessian, sparsity), (width / DAMPING + 1) * HALF_ULP
         best = squared_error(expected, linear.weight, hessian)
         assert squared_error(pruned, linear.weight, hessian) == pytest.approx(best, rel=slack), name
         assert ((pruned == 0).sum() - (expected == 0).sum()).abs() <= 1e-5 * pruned.numel(), name

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lib import report
+from lib.results import phases
 
 # As on Windows: nobody can import fcntl, nor this project `resource` (psutil's module for Linux needs that itself).
 BLOCKED = """
@@ -66,8 +66,8 @@ def test_peak_memory_where_there_is_no_proc(system, factor, monkeypatch):
     def unreadable(*args, **kwargs):
         raise OSError
 
-    monkeypatch.setattr(report.Path, "read_text", unreadable)
-    monkeypatch.setattr(report.sys, "platform", system)
-    assert report._peak_host() == report.resource.getrusage(report.resource.RUSAGE_SELF).ru_maxrss * factor
-    monkeypatch.setattr(report, "resource", None)
-    assert report._peak_host() > 10**7  # Windows, where psutil is asked
+    monkeypatch.setattr(phases.Path, "read_text", unreadable)
+    monkeypatch.setattr(phases.sys, "platform", system)
+    assert phases._peak_host() == phases.resource.getrusage(phases.resource.RUSAGE_SELF).ru_maxrss * factor
+    monkeypatch.setattr(phases, "resource", None)
+    assert phases._peak_host() > 10**7  # Windows, where psutil is asked

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import gradient_computation
 import main as pruning
-from lib import files, report
+from lib import atomic
 from lib.gradients.folder import GradientNorms
 from lib.models import fingerprint
+from lib.results import record
 
 
 def pruned(*arguments) -> None:
@@ -69,10 +70,10 @@ def test_a_folder_is_the_old_one_or_the_new_one_whenever_the_process_dies(step, 
         patch.setattr(Path, "rename", dying(Path.rename))
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
         try:
-            files.replace_folder(partial, folder)
+            atomic.replace_folder(partial, folder)
         except Died:
             pass
-    files.settle(folder)
+    atomic.settle(folder)
     if earlier or step > 1:
         assert (folder / "a").read_text() == ("new" if not partial.exists() else "old")
     assert {path.name for path in tmp_path.iterdir()} <= {"g", "g.partial"}
@@ -86,7 +87,7 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        files.replace_file(tmp_path / "a", half)
+        atomic.replace_file(tmp_path / "a", half)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
@@ -219,8 +220,8 @@ def test_more_positions_than_a_rotary_model_was_made_for(flags, tmp_path, caplog
 
 
 def test_differences():
-    assert report.differences({"a": 1, "b": 2}, {"b": 3, "a": 1, "c": 4}) == "b was 2 and is now 3, c was None and is now 4"
-    assert report.differences({"a": 1}, {"a": 1}) == ""
+    assert record.differences({"a": 1, "b": 2}, {"b": 3, "a": 1, "c": 4}) == "b was 2 and is now 3, c was None and is now 4"
+    assert record.differences({"a": 1}, {"a": 1}) == ""
 
 
 def change_a_weight(model: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from conftest import tiny_model
 from test_commands import run
 
-from lib import tables
 from lib.data import sources, windows
 from lib.data.windows import evaluation_tokens
+from lib.results import tables
 
 T = 16
 

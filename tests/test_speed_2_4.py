@@ -3,17 +3,16 @@
 import pytest
 import speed_2_4
 import torch
-from conftest import random_windows, tiny_decoder, tiny_model
+from conftest import prune_model, random_windows, tiny_decoder, tiny_model
 
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 
 @pytest.fixture
 def folders(tmp_path):
     tiny_model(dtype=torch.float16).cpu().save_pretrained(tmp_path / "dense")
     decoder = tiny_decoder(dtype=torch.float16)
-    prune(decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse("2:4"))
+    prune_model(decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse("2:4"))
     decoder.model.cpu().save_pretrained(tmp_path / "pruned")
     return tmp_path / "dense", tmp_path / "pruned"
 

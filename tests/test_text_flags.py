@@ -12,10 +12,9 @@ from conftest import ROOT, tiny_model
 from test_commands import run
 from transformers import AutoModelForCausalLM
 
-from lib import inputs
+import gradient_computation
 from lib.data.sources import documents as documents_of
-from lib.data.windows import calibration_windows, evaluation_tokens
-from lib.evaluation.perplexity import windows_of
+from lib.data.windows import calibration_windows, evaluation_tokens, windows_of
 
 BOS, N, T = 1, 4, 16
 
@@ -62,8 +61,8 @@ def perplexity_of(model, windows) -> str:
 def test_gemma_has_bos_before_every_window(gemma, flags, text, tmp_path, with_bos, documents, bos, monkeypatch, caplog):
     caplog.set_level("INFO")
     seen = []
-    original = inputs.read_calibration
-    monkeypatch.setattr(inputs, "read_calibration", lambda *given: (seen.append(original(*given)), seen[-1])[1])
+    original = gradient_computation.read_calibration
+    monkeypatch.setattr(gradient_computation, "read_calibration", lambda *given: (seen.append(original(*given)), seen[-1])[1])
     _, index = gradients([*flags, "--bos", bos], gemma, tmp_path)
     every = bos != "first"
     assert index["bos"] == ("every" if every else "first")

@@ -8,7 +8,7 @@ from test_commands import run
 from transformers import AutoModelForCausalLM
 
 import main as pruning
-from lib.pruning.update import RECIPES
+from lib.pruning.updates.recipe import RECIPES
 
 
 @pytest.fixture(scope="module")

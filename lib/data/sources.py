@@ -12,8 +12,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from lib import hub
-from lib.data.files import Document, format_of, read
+from lib.data.readers import Document, format_of, read
+from lib.errors import InvalidInput, MissingInput, OutOfReach
+from lib.models.files import hub
 
 # name -> purpose -> (hub repository, file in the repository)
 HUB = {
@@ -51,7 +52,7 @@ def check_source(source: str, data_dir: str | None = None, purpose: str = "calib
     if source not in HUB:
         _files_of(source)
     elif data_dir is not None and not (path := _local_copy(source, data_dir, purpose)).is_file():
-        raise FileNotFoundError(f"{path} does not exist: --data_dir must hold {source} in the hub's layout")
+        raise MissingInput(f"{path} does not exist: --data_dir must hold {source} in the hub's layout")
 
 
 def documents(
@@ -89,11 +90,11 @@ def _on_disk(source: str, paths: list[Path], column: str | None, cache_dir: str 
                 conversation = not isinstance(document, str)
                 yield {"document": json.dumps(document) if conversation else document, "conversation": conversation}
         if empty:
-            raise ValueError(f"{source} holds no documents: give a file with text in it")
+            raise InvalidInput(f"{source} holds no documents: give a file with text in it")
 
     # What the files and the way they are read decide: with any of it changed they are read anew.
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    code = [Path(__file__).with_name(name).read_text() for name in ("files.py", "sources.py")]
+    code = [Path(__file__).with_name(name).read_text() for name in ("readers.py", "sources.py")]
     name = hashlib.sha256(json.dumps([states, column, code]).encode()).hexdigest()
     try:
         return Dataset.from_generator(rows, features=FEATURES, cache_dir=cache_dir, fingerprint=name[:32])
@@ -112,23 +113,23 @@ def _files_of(source: str) -> list[Path]:
         inside = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
         inside = sorted((name for name in inside if not any(part.startswith(".") for part in name.parts)), key=Path.as_posix)
         if not inside:
-            raise FileNotFoundError(f"dataset folder {source} holds no files: give {KNOWN}, or a folder of them")
+            raise MissingInput(f"dataset folder {source} holds no files: give {KNOWN}, or a folder of them")
         found = [path / name for name in inside]
     elif not path.exists() and glob.has_magic(source):
         found = sorted((Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()), key=Path.as_posix)
         if not found:
-            raise FileNotFoundError(f"no file is called {source}: give a pattern that matches some, such as 'texts/*.jsonl'")
+            raise MissingInput(f"no file is called {source}: give a pattern that matches some, such as 'texts/*.jsonl'")
     else:
         found = [path]
     if (strange := next((file for file in found if format_of(file) is None), None)) is not None:
         if strange == path:
-            raise ValueError(f"dataset {source!r} is neither of {sorted(HUB)} nor a path: give {KNOWN}, or a folder of them")
+            raise InvalidInput(f"dataset {source!r} is neither of {sorted(HUB)} nor a path: give {KNOWN}, or a folder of them")
         pattern = strange.with_name("*.jsonl")
-        raise ValueError(
+        raise InvalidInput(
             f"dataset {source} has the file {strange}, which is not {KNOWN}: choose files by a pattern such as '{pattern}'"
         )
     if not found[0].is_file():
-        raise FileNotFoundError(f"dataset file {source} does not exist: give an existing file or one of {sorted(HUB)}")
+        raise MissingInput(f"dataset file {source} does not exist: give an existing file or one of {sorted(HUB)}")
     return found
 
 
@@ -141,4 +142,4 @@ def _fetched(source: str, purpose: str, cache_dir: str | None) -> Path:
     try:
         return Path(hub.fetch(repository, file, repo_type="dataset", cache_dir=cache_dir))
     except ConnectionError as error:
-        raise ConnectionError(f"{source}: {error}. Give a file instead, or --data_dir (install.md, Offline)") from error
+        raise OutOfReach(f"{source}: {error}. Give a file instead, or --data_dir (install.md, Offline)") from error

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lib.data.files import Document
+from lib.data.readers import Document
+from lib.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def text_of(doc: Document, tokenizer) -> str:
     if isinstance(doc, str):
         return doc
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
+        raise InvalidInput(
             f"the text is conversations, and the tokenizer ({type(tokenizer).__name__}) has no chat template to write them with: "
             "use the model's chat version, or text that is written already (--text_column)"
         )
@@ -80,7 +81,7 @@ def text_of(doc: Document, tokenizer) -> str:
         return tokenizer.apply_chat_template(doc, tokenize=False)
     except Exception as error:  # what a template raises is its author's choice
         begin = f"{doc[0]['role']}: {doc[0]['content'][:40]!r}"
-        raise ValueError(
+        raise InvalidInput(
             f"the tokenizer's chat template refuses the conversation that begins with {begin} ({error}): leave it out, or change it"
         ) from error
 

@@ -11,8 +11,9 @@ from itertools import islice
 
 import torch
 
-from lib.data.files import Document
+from lib.data.readers import Document
 from lib.data.tokens import Progress, TokenizedDocuments, encode, text_of
+from lib.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,23 @@ def evaluation_tokens(docs: Iterable[Document], tokenizer, source: str = "", bos
     return _joined(docs, tokenizer, "\n\n", bos).long()
 
 
+def windows_of(tokens: torch.Tensor, seq_length: int, bos: int | None = None) -> torch.Tensor:
+    """Cut a stream (n_tokens,) into full windows (n, T); the short tail is dropped.
+
+    With `bos`, every window is that id and T - 1 tokens of the stream: all of them are targets, BOS is not.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    length = seq_length - (bos is not None)
+    count = len(tokens) // length
+    if count == 0:
+        raise InvalidInput(
+            f"the evaluation text has {len(tokens)} tokens, fewer than one window of {length}: shorten --seq_length"
+        )
+    return with_bos(tokens[: count * length].view(count, length), bos)
+
+
 def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
     """Windows (n, T - 1) with BOS before each of them, (n, T); as they are without `bos`."""
     return windows if bos is None else torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
@@ -105,7 +123,7 @@ def _require_long_document(docs: TokenizedDocuments, length: int) -> None:
         if longest > length:
             return
     shorter = f"use --seq_length {longest - 1} or less, or " if longest > 2 else ""
-    raise ValueError(
+    raise InvalidInput(
         f"none of the {len(docs)} documents has more than {length} tokens (the longest has {longest}): "
         f"{shorter}--pack to join documents"
     )
@@ -113,7 +131,7 @@ def _require_long_document(docs: TokenizedDocuments, length: int) -> None:
 
 def _stream_windows(stream: torch.Tensor, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
     if len(stream) <= length:
-        raise ValueError(
+        raise InvalidInput(
             f"all of the text has {len(stream)} tokens, a window needs more than {length}: use a shorter --seq_length"
         )
     starts = [rng.randint(0, len(stream) - length - 1) for _ in range(nsamples)]
@@ -125,7 +143,7 @@ def _packed_windows(
 ) -> list[torch.Tensor]:
     end = docs.tokenizer.eos_token_id
     if end is None:
-        raise ValueError("--pack joins documents with the EOS token, and this tokenizer has none: set one, or do not pack")
+        raise InvalidInput("--pack joins documents with the EOS token, and this tokenizer has none: set one, or do not pack")
     parts, total, progress = [], 0, Progress()
     for index in rng.sample(range(len(docs)), len(docs)):
         parts += [docs[index], torch.tensor([end], dtype=torch.int32)]
@@ -135,7 +153,7 @@ def _packed_windows(
             return list(torch.cat(parts)[: nsamples * length].split(length))
     most = total // length - beside
     fewer = f"use fewer --nsamples (at most {most}), " if most > 0 else "use "
-    raise ValueError(
+    raise InvalidInput(
         f"all {len(docs)} documents packed hold {total} tokens, fewer than {nsamples} windows of {length}: "
         f"{fewer}a shorter --seq_length or more text"
     )

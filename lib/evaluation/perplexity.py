@@ -1,28 +1,15 @@
-"""Perplexity of a model on a token stream."""
+"""Perplexity of a model on windows of tokens."""
+
+import math
 
 import torch
 from tqdm import tqdm
 
 from lib import parallel
-from lib.data.windows import with_bos
+from lib.errors import InvalidInput
 from lib.models.decoder import Decoder
 
-
-def windows_of(tokens: torch.Tensor, seq_length: int, bos: int | None = None) -> torch.Tensor:
-    """Cut a stream (n_tokens,) into full windows (n, T); the short tail is dropped.
-
-    With `bos`, every window is that id and T - 1 tokens of the stream: all of them are targets, BOS is not.
-
-    Raises:
-        ValueError: the text is shorter than one window.
-    """
-    length = seq_length - (bos is not None)
-    count = len(tokens) // length
-    if count == 0:
-        raise ValueError(
-            f"the evaluation text has {len(tokens)} tokens, fewer than one window of {length}: shorten --seq_length"
-        )
-    return with_bos(tokens[: count * length].view(count, length), bos)
+HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and text do not belong together
 
 
 @torch.no_grad()
@@ -37,7 +24,7 @@ def perplexity(
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
     own, size = parallel.share(windows).to(decoder.device), max(batch, group // batch * batch)
-    with tqdm(total=len(own), desc=progress, unit="window", disable=None) as bar:
+    with tqdm(total=len(own), desc=progress, unit="window", disable=parallel.rank() > 0 or None) as bar:
         for start in range(0, len(own), size):  # not split(): a process may have no window at all
             parts = own[start : start + size].split(batch)
             states = [decoder.enter(part) for part in parts]
@@ -48,3 +35,27 @@ def perplexity(
                 total += decoder.tail(state.hidden, part)[0] * len(part)
                 bar.update(len(part))
     return torch.exp(parallel.add_up(total) / len(windows)).item()
+
+
+def require_sensible(dense: float, decoder: Decoder, tokenizer, text: str, model: str) -> None:
+    """Refuse a dense perplexity that says that nothing measured from here on would mean anything.
+
+    `text` is what it was measured on, `model` what the model is called.
+    """
+    if dense <= HOPELESS:
+        return
+    reasons = (
+        f"{type(tokenizer).__name__} of {len(tokenizer)} tokens may not be this model's tokenizer, the text not in a language it "
+        f"knows, or {model} not a trained model"
+    )
+    if not math.isfinite(dense):
+        dtype = str(decoder.model.dtype).removeprefix("torch.")
+        overflow = {
+            "float16": "where numbers beyond 65504 overflow: use --dtype bfloat16 or float32",
+            "float32": "which is hardly too small for it: weights may be NaN or infinite",
+        }.get(dtype, "use --dtype float32")
+        reasons = f"it was computed in {dtype}, {overflow}. Otherwise, {reasons}"
+    raise InvalidInput(
+        f"the dense perplexity is {dense:.4g} {text}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; --force goes on all "
+        "the same"
+    )

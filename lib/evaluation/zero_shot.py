@@ -13,6 +13,7 @@ from typing import Any
 from packaging.version import Version
 
 from lib import parallel
+from lib.errors import InvalidInput
 from lib.models.decoder import Decoder
 
 TASKS = ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]  # the paper's seven
@@ -36,7 +37,7 @@ def require() -> None:
     except PackageNotFoundError:
         found = "none"
     if found == "none" or Version(found) < Version(OLDEST):
-        raise ValueError(
+        raise InvalidInput(
             f"--eval_zero_shot needs lm-evaluation-harness (lm_eval {OLDEST}, found {found}): "
             "pip install -r requirements-eval.txt"
         )
@@ -58,11 +59,13 @@ def load(
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"perhaps {near[0]}? " if near else ""
-            raise ValueError(f"--tasks {name} is no task of lm_eval {version('lm_eval')}: {hint}`lm_eval ls tasks` lists them")
+            raise InvalidInput(
+                f"--tasks {name} is no task of lm_eval {version('lm_eval')}: {hint}`lm_eval ls tasks` lists them"
+            )
         for task in _loaded(manager, name).values():
             count = len(task.eval_docs) if limit is None or limit < 1 else min(int(limit), len(task.eval_docs))
             if count < parallel.world():
-                raise ValueError(f"{count} documents of {name} for {parallel.world()} processes: give each at least one")
+                raise InvalidInput(f"{count} documents of {name} for {parallel.world()} processes: give each at least one")
     return Tasks(list(names), manager, num_fewshot, limit)
 
 
@@ -103,7 +106,7 @@ def _loaded(manager, name: str) -> dict[str, Any]:
         return manager.load([name])["tasks"]
     except Exception as error:  # of a file's author, or of whichever library reads the data
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise InvalidInput(
             f"--tasks {name} cannot be loaded ({reason}): its data must be on the hub or in the hub's cache, or a file that the "
             "task's YAML below --include_path names"
         ) from error

@@ -1,7 +1,7 @@
 """One group of samples through the blocks and back: the chain rule, cut at the borders of the blocks.
 
 In: windows of tokens, a model as head - blocks - tail. Out: per block, the gradients of its matrices, sample by sample, into
-`sums.BlockSums`. What goes over a border is the hidden state, and what blocks leave for later ones (`lib.models.carried`).
+`sums.BlockSums`. What goes over a border is the hidden state, and what blocks leave for later ones (`lib.models.block_arguments`).
 """
 
 import logging
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from lib import parallel
+from lib.errors import InvalidInput
 from lib.gradients.sums import BlockSums
-from lib.models import carried
-from lib.models.carried import Carried, Place
+from lib.models import block_arguments
+from lib.models.block_arguments import Carried, Place
 from lib.models.decoder import Decoder, State
-from lib.models.weights import Matrix, idle, kind_of, products
+from lib.models.matrices import Matrix, idle, kind_of, products
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class _Checks:
         """Raise ValueError if a value is not finite: for the one that was added first."""
         for message, value in zip(self.messages, torch.stack(self.values).tolist() if self.values else (), strict=True):
             if not math.isfinite(value):
-                raise ValueError(f"{message.format(value)}: {_REMEDY}")
+                raise InvalidInput(f"{message.format(value)}: {_REMEDY}")
         self.__init__()
 
 
@@ -112,11 +113,11 @@ class Groups:
         border = []
         with self.decoder.resident(i):
             for state in states:
-                passed = _Pass(state.hidden, carried.snapshot(state.carried))
+                passed = _Pass(state.hidden, block_arguments.snapshot(state.carried))
                 if self.keep_graph:
                     lent = self._run(i, passed, state)
                     state.hidden = passed.output.detach()
-                    carried.keep(state.carried, lent)
+                    block_arguments.keep(state.carried, lent)
                 else:
                     self.decoder.advance(i, [state])
                 border.append(passed)
@@ -125,12 +126,12 @@ class Groups:
     @torch.enable_grad()
     def _run(self, i: int, passed: _Pass, state: State) -> Carried:
         """Run block `i` with a graph, and note its ends; returns what it was lent, filled."""
-        lent, passed.taken = carried.with_leaves(passed.carried)
+        lent, passed.taken = block_arguments.with_leaves(passed.carried)
         kwargs = state.kwargs[i] | {name: mapping for name, mapping in lent.items() if name in state.kwargs[i]}
         with products(matrices_of(self.decoder, i), leaves=passed.matrices):
             # Block 0's inputs too, although nobody wants their gradient: they give a block that skips its linears a graph as well.
             passed.output = self.decoder.run(i, passed.inputs.requires_grad_(), kwargs)
-        passed.left = carried.left(lent, passed.taken)
+        passed.left = block_arguments.left(lent, passed.taken)
         return lent
 
     def _tail(self, state: State, tokens: torch.Tensor, sample: int, checks: "_Checks") -> _Upstream:
@@ -182,7 +183,7 @@ class Groups:
 
     def _lower(self, loss_scale: float, sample: int, where: str) -> float:
         if loss_scale < LOSS_SCALE_MIN:
-            raise ValueError(f"sample {sample} gives a non-finite gradient in {where} at any loss scale: {_REMEDY}")
+            raise InvalidInput(f"sample {sample} gives a non-finite gradient in {where} at any loss scale: {_REMEDY}")
         return loss_scale / OVERFLOW_STEP
 
     def report_missing(self, nsamples: int) -> dict[str, int]:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib import parallel
-from lib.files import replace_file, replace_folder, settle
+from lib.atomic import replace_file, replace_folder, settle
+from lib.errors import InvalidInput, MissingInput
 from lib.gradients.walk import SCALE
 from lib.models import fingerprint
 from lib.models.decoder import Decoder
@@ -89,7 +90,7 @@ class GradientWriter:
         looks = torch.stack(looks).tolist() if looks else []  # none: a block that the forward skips
         for (key, stored), (finite, underflow, overflow) in zip(tensors.items(), looks, strict=True):
             if not finite:
-                raise ValueError(f"{key} holds NaN or infinity: use a smaller --scale, or --dtype float32")
+                raise InvalidInput(f"{key} holds NaN or infinity: use a smaller --scale, or --dtype float32")
             self.underflow += underflow
             if overflow:
                 self.overflow += overflow
@@ -152,27 +153,27 @@ class GradientNorms:
         self.published: dict[str, torch.Tensor] = {}
         settle(self.path)
         if not self.path.exists():
-            raise FileNotFoundError(f"gradient path {path} does not exist: {REMEDY}")
+            raise MissingInput(f"gradient path {path} does not exist: {REMEDY}")
         if self.path.is_dir():
             if not (self.path / INDEX).is_file():
                 inside = [str(index.parent) for index in sorted(self.path.glob(f"**/{INDEX}"))]
                 remedy = f"did you mean {' or '.join(inside)}?" if inside else REMEDY
-                raise FileNotFoundError(f"{path} has no {INDEX}, so it is not a finished result: {remedy}")
+                raise MissingInput(f"{path} has no {INDEX}, so it is not a finished result: {remedy}")
             try:
                 self.index = json.loads((self.path / INDEX).read_text())
                 self.scale, self.files, self.fingerprint = (self.index[key] for key in ("scale", "files", "fingerprint"))
                 if not 0 < self.scale < math.inf:
-                    raise ValueError(f"scale {self.scale}")
+                    raise InvalidInput(f"scale {self.scale}")
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path / INDEX} is damaged ({error!r}): restore it, or {REMEDY}") from error
+                raise InvalidInput(f"{self.path / INDEX} is damaged ({error!r}): restore it, or {REMEDY}") from error
         else:
             try:
                 self.published = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch raises half a dozen types here
-                raise ValueError(f"{path} is neither a gradient folder nor a published .pth file: {REMEDY}") from error
+                raise InvalidInput(f"{path} is neither a gradient folder nor a published .pth file: {REMEDY}") from error
             content = self.published.items() if isinstance(self.published, dict) else [(type(self.published).__name__, None)]
             if strange := [key for key, value in content if not (isinstance(key, str) and isinstance(value, torch.Tensor))]:
-                raise ValueError(f"{path} holds {strange[0]}, and is not the published dict of tensors: {REMEDY}")
+                raise InvalidInput(f"{path} holds {strange[0]}, and is not the published dict of tensors: {REMEDY}")
 
     def block(self, i: int) -> dict[str, torch.Tensor]:
         """The norms of block `i` as stored: {linear: (out, in)}, mapped."""
@@ -184,7 +185,7 @@ class GradientNorms:
         """Compare all of it with a model, a block at a time; raise ValueError naming the first tensor that is wrong."""
         held = len(self.files) or len({key.rpartition("_layer_")[2] for key in self.published})
         if held != len(decoder):
-            raise ValueError(f"{self.path} holds {held} blocks, the model has {len(decoder)}: it belongs to another model")
+            raise InvalidInput(f"{self.path} holds {held} blocks, the model has {len(decoder)}: it belongs to another model")
         for i in range(len(decoder)):
             shapes = decoder.shapes(i)
             keys = {name: key_of(name, i) for name in shapes}
@@ -193,20 +194,20 @@ class GradientNorms:
             norms = self.block(i)
             for name, shape in shapes.items():
                 if name not in norms:
-                    raise ValueError(f"{self.path} has no tensor {keys[name]}: it belongs to another model, or {REMEDY}")
+                    raise InvalidInput(f"{self.path} has no tensor {keys[name]}: it belongs to another model, or {REMEDY}")
                 if tuple(norms[name].shape) != tuple(shape):
                     found = tuple(norms[name].shape)
-                    raise ValueError(
+                    raise InvalidInput(
                         f"{keys[name]} in {self.path} is {found}, the model's is {tuple(shape)}: it belongs to another model"
                     )
                 if not torch.isfinite(norms[name]).all():
-                    raise ValueError(
+                    raise InvalidInput(
                         f"{keys[name]} in {self.path} holds NaN or infinity: {REMEDY}, in --dtype bfloat16 or float32"
                     )
             if self.fingerprint:
                 for name, weights in fingerprint.of_block(decoder, i).items():
                     if not _same_weights(weights, self.fingerprint.get(keys[name])):
-                        raise ValueError(
+                        raise InvalidInput(
                             f"{keys[name]} in {self.path} was computed for other weights ({self.index.get('model')}): "
                             f"gradients come from the dense model that is pruned, so {REMEDY}"
                         )
@@ -225,9 +226,9 @@ class GradientNorms:
         file = self._file(i)
         tensors = ", ".join(keys.values())
         if file not in self.files or not (self.path / file).is_file():
-            raise ValueError(f"{self.path / file} ({tensors}) is missing: restore it, or {REMEDY}")
+            raise InvalidInput(f"{self.path / file} ({tensors}) is missing: restore it, or {REMEDY}")
         if _checksum(self.path / file) != self.files[file]["sha256"]:
-            raise ValueError(
+            raise InvalidInput(
                 f"{self.path / file} ({tensors}) is corrupted, its checksum is not the index's: restore it, or {REMEDY}"
             )
 

@@ -3,7 +3,7 @@
 import torch
 
 from lib import parallel
-from lib.models.weights import Matrix
+from lib.models.matrices import Matrix
 
 CACHE_ELEMENTS = 2**17  # on a CPU a gradient is widened and added in parts: what they take stays in the cache
 

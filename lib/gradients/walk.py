@@ -76,7 +76,11 @@ def gradient_norms(
     walk = Groups(decoder, norms, scale, keep_graph, work.missing)
     done, writers = work.done, min(parallel.world(), parallel.local_world())
     with tqdm(
-        total=len(windows) * len(decoder), initial=done * len(decoder), desc="gradients", unit="block", disable=None
+        total=len(windows) * len(decoder),
+        initial=done * len(decoder),
+        desc="gradients",
+        unit="block",
+        disable=parallel.rank() > 0 or None,
     ) as bar:
         if keep_graph:
             sums = dict(work)

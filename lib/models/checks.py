@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lib.models.weights import kind_of
+from lib.errors import InvalidInput
+from lib.models.host import is_device_fault, is_out_of_memory
+from lib.models.matrices import kind_of
 
 if TYPE_CHECKING:
     from lib.models.decoder import Decoder
@@ -24,7 +26,7 @@ def require_prunable(decoder: "Decoder") -> float:
     for i, name, parameter, can_be in _parameters(decoder):
         total += parameter.numel()
         if parameter.ndim > 1 and (not parameter.is_floating_point() or parameter.itemsize < 2):
-            raise ValueError(
+            raise InvalidInput(
                 f"{decoder.prefixes[i]}{name} is stored in {parameter.dtype}: a quantised model cannot be pruned, load the one it "
                 "was made from"
             )
@@ -33,7 +35,7 @@ def require_prunable(decoder: "Decoder") -> float:
         elif parameter.numel() > largest[1].numel():
             largest = (f"{decoder.prefixes[i]}{name}", parameter)
     if prunable < MINIMUM_SHARE * total:
-        raise ValueError(
+        raise InvalidInput(
             f"only {prunable / total:.0%} of the weights in the blocks of {type(decoder.model).__name__} belong to matrix products "
             f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
         )
@@ -58,12 +60,12 @@ def require_runs_alone(decoder: "Decoder") -> None:
             whole = decoder.model(input_ids=tokens, labels=tokens, use_cache=False).loss
             tolerance = TOLERANCE.get(decoder.model.dtype, TOLERANCE_16)
             if abs(alone - whole) > tolerance * whole.abs().clamp(min=1):  # not if one of them is NaN: weights may be
-                raise ValueError(f"their loss is {alone:.4f}, that of the whole model {whole:.4f}")
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
+                raise InvalidInput(f"their loss is {alone:.4f}, that of the whole model {whole:.4f}")
     except Exception as error:  # the code of two hundred models raises all there is
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"the blocks of {type(decoder.model).__name__} cannot be run one by one on text: {said}") from error
+        if is_out_of_memory(error) or is_device_fault(error):
+            raise
+        said = f"{'' if isinstance(error, InvalidInput) else type(error).__name__ + ': '}{' '.join(str(error).split())[:200]}"
+        raise InvalidInput(f"the blocks of {type(decoder.model).__name__} cannot be run one by one on text: {said}") from error
 
 
 def dense_shares(decoder: "Decoder") -> dict[str, float]:

@@ -15,11 +15,12 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from torch.func import functional_call
 
-from lib.models import arguments, checks
-from lib.models.carried import Carried, split
-from lib.models.chain import Chain, calls, find_blocks, learn, replaced
+from lib.errors import InvalidInput
+from lib.models import block_arguments, checks
+from lib.models.block_arguments import Carried, split
+from lib.models.block_order import Chain, calls, find_blocks, learn, replaced
 from lib.models.host import mapped, trim_heap
-from lib.models.weights import Matrix, matrices_of
+from lib.models.matrices import Matrix, matrices_of
 
 # Logits of a whole window would be the largest tensor of a run. On a CPU 64 positions of a usual vocabulary are little enough
 # for the allocator to use the same memory again; what is larger it fetches from the system, page by page, every time.
@@ -142,7 +143,7 @@ class Decoder:
             self._learn()
         found = calls(self.model, self.blocks, tokens.to(self.device), self.chain)
         kwargs, carried = split([found[i][1] if i in found else {} for i in range(len(self))])
-        kwargs = self._kwargs = arguments.shared(kwargs, self._kwargs)
+        kwargs = self._kwargs = block_arguments.shared(kwargs, self._kwargs)
         if self.chain.takes:
             carried[HANDED] = {}
         if carried:
@@ -159,10 +160,10 @@ class Decoder:
         one, other = self.enter(tokens), self.enter(tokens.flip(1))
         shape = tuple(one.hidden.shape)
         if shape.count(PROBE_TOKENS) != 1:
-            raise ValueError(f"the first block is given hidden states of {shape} for {PROBE_TOKENS} tokens")
+            raise InvalidInput(f"the first block is given hidden states of {shape} for {PROBE_TOKENS} tokens")
         self._time = shape.index(PROBE_TOKENS)
         self.hidden_bytes = one.hidden.nbytes / PROBE_TOKENS
-        self.own_bytes = sum(tensor.nbytes for tensor in arguments.own(other.kwargs, one.kwargs)) / PROBE_TOKENS
+        self.own_bytes = sum(tensor.nbytes for tensor in block_arguments.own(other.kwargs, one.kwargs)) / PROBE_TOKENS
 
     def probe(self) -> torch.Tensor:
         """A few tokens, (1, PROBE_TOKENS)."""
@@ -182,7 +183,7 @@ class Decoder:
                     slots = mapped((len(windows), *state.hidden.shape), state.hidden.dtype)
                 state.hidden, state.mapped = slots[k].copy_(state.hidden), True
                 if self.own_bytes:
-                    kept = arguments.in_file(self._kwargs, before)
+                    kept = block_arguments.in_file(self._kwargs, before)
                     state.kwargs = [given | own for given, own in zip(state.kwargs, kept, strict=True)]
             states.append(state)
         return states
@@ -197,7 +198,7 @@ class Decoder:
         taken = {name: handed[place] for name, place in self.chain.takes.get(i, {}).items() if place in handed}
         block, kwargs = self.blocks[i], {name: value for name, value in kwargs.items() if name != HANDED} | taken
         if self.own_bytes:
-            kwargs = arguments.on(self.device, kwargs)
+            kwargs = block_arguments.on(self.device, kwargs)
         output = functional_call(block, weights, (hidden,), kwargs) if weights else block(hidden, **kwargs)
         if not isinstance(output, tuple | list):
             return output

@@ -1,4 +1,4 @@
-"""Host memory where the allocators are not enough: freed pages given back, tensors that live in a file."""
+"""Memory where the allocators are not enough: freed pages given back, tensors that live in a file, allocations that fail."""
 
 import atexit
 import ctypes
@@ -42,6 +42,17 @@ def trim_heap() -> None:
 def _mallopt(option: int, value: int) -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
         mallopt(option, value)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocation that failed."""
+    of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or of_host
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU or its driver has failed, which says nothing about the model that it was computing."""
+    return isinstance(error, torch.AcceleratorError)
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -23,14 +23,14 @@ from transformers import (
     PretrainedConfig,
     __version__,
 )
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from lib.errors import InvalidInput, Refusal
 from lib.models import checks
-from lib.models.checkpoint import Checkpoint
-from lib.models.conversion import ModelTensors
 from lib.models.decoder import Decoder
-from lib.models.host import keep_memory, return_large_memory
+from lib.models.files.checkpoint import Checkpoint
+from lib.models.files.conversion import ModelTensors
+from lib.models.host import is_out_of_memory, keep_memory, return_large_memory
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ DENSE = {
     "fp8": "dequantise it first (FineGrainedFP8Config(dequantize=True) of transformers, then save_pretrained)",
     "mxfp4": "dequantise it first (Mxfp4Config(dequantize=True) of transformers, then save_pretrained)",
 }
+LIBRARY = Path(__file__).resolve().parents[1]  # our own code
 SAID = 200  # characters of another library's message that are passed on
 TABLE_OFFSET = 2  # rows before the first position in the tables of OPT and its like
 NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
@@ -52,7 +53,6 @@ def load(
     dtype: str = "auto",
     device: str | torch.device = "auto",
     streamed: bool = False,
-    cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Decoder:
     """Load a local or hub model for inference and pruning.
@@ -64,7 +64,7 @@ def load(
         ValueError: a model this project cannot prune (see `Decoder`), or weights that are damaged or not the config's.
     """
     device = resolve_device(device)
-    config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     run_dtype = resolve_dtype(dtype, config, device)
     if dtype == "auto" and run_dtype == torch.float16 != getattr(config, "dtype", None) and not _has_bfloat16(device):
         logger.warning("%s has no bfloat16 of its own: computing in float16", device)
@@ -73,14 +73,14 @@ def load(
         placed = {"device_map": {"": device}} if device.type != "cpu" else {}
         with reading(name, "its weights", "restore the files, or download them again"), _quiet():
             model, found = auto_class(config).from_pretrained(
-                name, dtype=run_dtype, cache_dir=cache_dir, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
+                name, dtype=run_dtype, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
                 output_loading_info=True, **placed,
             )  # fmt: skip
         _require_whole(name, found)
         return Decoder(model, device)
 
     return_large_memory()
-    decoder = on_disk(name, dtype=run_dtype, device=device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    decoder = on_disk(name, dtype=run_dtype, device=device, trust_remote_code=trust_remote_code)
     model, path = decoder.model, decoder.prefixes[0].removesuffix("0.")
     for key in saved_names(decoder):
         if not key.startswith(path):
@@ -93,7 +93,7 @@ def load(
     return decoder
 
 
-def read_config(name: str, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """A model's config.
 
     Raises:
@@ -101,27 +101,27 @@ def read_config(name: str, *, cache_dir: str | None = None, trust_remote_code: b
     """
     remedy = "restore it, or download the model again"
     with reading(name, "its config.json", remedy):
-        said, _ = PretrainedConfig.get_config_dict(name, cache_dir=cache_dir)
+        said, _ = PretrainedConfig.get_config_dict(name)
         kind, code = said.get("model_type"), said.get("auto_map") or {}
     if kind not in CONFIG_MAPPING and not code:
         known = f"which transformers {__version__} does not know: see which version does, or whether the name is right"
-        raise ValueError(f"{name} has the model_type {kind!r} in its config.json, {known}")
+        raise InvalidInput(f"{name} has the model_type {kind!r} in its config.json, {known}")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
-        raise ValueError(
+        raise InvalidInput(
             f"{name} runs code of its own ({kind}, auto_map in config.json): read it, then add --trust_remote_code"
         )
     with reading(name, "its config.json", remedy):
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if quantisation := getattr(config, "quantization_config", None):
         method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else quantisation.quant_method
         method = str(getattr(method, "value", method))
         remedy = DENSE.get(method, "give the model it was made from")
-        raise ValueError(f"{name} is quantised ({method}): only dense weights can be pruned, {remedy}")
+        raise InvalidInput(f"{name} is quantised ({method}): only dense weights can be pruned, {remedy}")
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     causal = any(type(config) in mapping for mapping in mappings) or "AutoModelForCausalLM" in code
     if getattr(config, "is_encoder_decoder", False) or encoder or not causal:
-        raise ValueError(f"{name} is a {kind}, not a decoder that predicts the next token: only those can be pruned")
+        raise InvalidInput(f"{name} is a {kind}, not a decoder that predicts the next token: only those can be pruned")
     return config
 
 
@@ -130,7 +130,6 @@ def outline(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Decoder:
     """A model with its parameters on the meta device: names and shapes, from its config alone.
@@ -138,7 +137,7 @@ def outline(
     Raises:
         ValueError: a model this project cannot prune (see `Decoder`), or a config as in `read_config`.
     """
-    config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     with (
         reading(name, "its config.json", "no model can be made of it, restore it or download the model again"),
         init_empty_weights(include_buffers=False),
@@ -158,7 +157,6 @@ def on_disk(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Decoder:
     """A model all of whose tensors are still in its checkpoint's files, `source`.
@@ -167,15 +165,15 @@ def on_disk(
         ValueError: files that are damaged, do not have a tensor of the model, or have it in another shape; or a model that
             cannot be pruned.
     """
-    decoder = outline(name, dtype=dtype, device=device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    decoder = outline(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with reading(name, "its weights", "restore the files, or download them again"):
-        decoder.source = source = ModelTensors(Checkpoint(name, cache_dir), decoder.model)
+        decoder.source = source = ModelTensors(Checkpoint(name), decoder.model)
     for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
         # A config may say "tied" of weights that are not: like transformers, believe the weights.
         if tied in source and other in source and not torch.equal(source[tied], source[other]):
             del decoder.model.all_tied_weights_keys[tied]
     if missing := [key for key in saved_names(decoder) if key not in source]:
-        raise ValueError(
+        raise InvalidInput(
             f"{name} has no tensor that makes {missing[0]} of {type(decoder.model).__name__}: its config and its weights do not "
             "belong together, or --memory resident reads what streaming cannot"
         )
@@ -184,7 +182,7 @@ def on_disk(
     return decoder
 
 
-def load_tokenizer(name: str, cache_dir: str | None = None, trust_remote_code: bool = False):
+def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The model's own tokenizer.
 
     A LLaMA checkpoint with nothing but SentencePiece's `tokenizer.model` is read as the published code read it: with BOS
@@ -195,20 +193,21 @@ def load_tokenizer(name: str, cache_dir: str | None = None, trust_remote_code: b
         ValueError: its files are missing or damaged.
     """
 
-    def find(file: str) -> str | None:
-        return cached_file(name, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-
-    config = read_config(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     with reading(name, "its tokenizer", "put the model's own files (tokenizer.json or tokenizer.model) beside its config.json"):
-        if config.model_type != "llama" or not find("tokenizer.model") or find("tokenizer.json"):
-            tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        if (
+            config.model_type != "llama"
+            or not Path(name, "tokenizer.model").is_file()
+            or Path(name, "tokenizer.json").is_file()
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         else:
-            path = find("tokenizer_config.json")
-            said = json.loads(Path(path).read_text()) if path else {}
+            path = Path(name, "tokenizer_config.json")
+            said = json.loads(path.read_text()) if path.is_file() else {}
             missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
-            tokenizer = LlamaTokenizer.from_pretrained(name, cache_dir=cache_dir, **missing)
+            tokenizer = LlamaTokenizer.from_pretrained(name, **missing)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ValueError(f"a {type(tokenizer).__name__} without a vocabulary")
+            raise InvalidInput(f"a {type(tokenizer).__name__} without a vocabulary")
     return tokenizer
 
 
@@ -217,9 +216,30 @@ def needs_bos(decoder: Decoder) -> bool:
     return any(family in decoder.model.config.model_type for family in NEED_BOS)
 
 
-def dense_tensors(name: str, decoder: Decoder, cache_dir: str | None = None) -> ModelTensors:
+def dense_tensors(name: str, decoder: Decoder) -> ModelTensors:
     """The tensors that a model was loaded from, in the files of its checkpoint."""
-    return decoder.source if decoder.source is not None else ModelTensors(Checkpoint(name, cache_dir), decoder.model)
+    return decoder.source if decoder.source is not None else ModelTensors(Checkpoint(name), decoder.model)
+
+
+@torch.no_grad()
+def restore(name: str, decoder: Decoder) -> None:
+    """Make the matrices of a model's blocks the checkpoint's again, after some of them were changed in memory or elsewhere.
+
+    Raises:
+        InvalidInput: a tensor that only a resident model can be made from.
+    """
+    dense = ModelTensors(Checkpoint(name), decoder.model)
+    if decoder.source is not None:
+        decoder.source = dense
+        return
+    for i, prefix in enumerate(decoder.prefixes):
+        state = decoder.blocks[i].state_dict()
+        for tensor in {matrix.tensor_name for matrix in decoder.matrices(i).values()}:
+            if prefix + tensor not in dense:
+                raise InvalidInput(
+                    f"{name} has no tensor for {prefix}{tensor} by itself: give the flag that is searched a value"
+                )
+            state[tensor].copy_(dense[prefix + tensor])
 
 
 def saved_names(decoder: Decoder) -> list[str]:
@@ -252,11 +272,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device {device} is none of auto, cpu, cuda and cuda:N") from error
+        raise InvalidInput(f"device {device} is none of auto, cpu, cuda and cuda:N") from error
     if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device} is neither a CPU nor a GPU of torch.cuda: use --device cpu")
+        raise InvalidInput(f"device {device} is neither a CPU nor a GPU of torch.cuda: use --device cpu")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
+        raise InvalidInput(f"device {device} is not there ({torch.cuda.device_count()} GPUs visible): use --device cpu")
     return resolved
 
 
@@ -279,17 +299,18 @@ def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def reading(name: str, what: str, remedy: str) -> Iterator[None]:
-    """What libraries raise about a model's files, in a dozen types and many lines, as one ValueError of one line."""
+    """What libraries raise about a model's files, in a dozen types and many lines, as one refusal of one line.
+
+    A defect of this project, and memory that does not suffice, stay what they are.
+    """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError | OSError) and Path(__file__).parent in raised_in.parents:
-            raise  # one of ours, in one line already
-        said = " ".join(str(error).split())[:SAID] or type(error).__name__
-        raise ValueError(f"{name}: {what} cannot be read ({said}): {remedy}") from error
+        if isinstance(error, Refusal) or is_out_of_memory(error) or LIBRARY in raised_in.parents:
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+        raise InvalidInput(f"{name}: {what} cannot be read ({said}): {remedy}") from error
 
 
 @contextmanager
@@ -307,7 +328,7 @@ def _require_whole(name: str, found: dict) -> None:
     """Raise ValueError if `found` says that some of the model's weights would be random; warn of weights it does not use."""
     _require_shapes(name, sorted(found["mismatched_keys"]))
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(
+        raise InvalidInput(
             f"{name} has no weights for {missing[0]}, and {len(missing) - 1} more tensors of the model in its config.json: "
             "the two do not belong together, or a file is missing; download the model again"
         )
@@ -319,7 +340,7 @@ def _require_shapes(name: str, shapes: list[tuple]) -> None:
     """Raise ValueError if of (tensor, shape in the file, shape in the model) two differ."""
     for key, there, here in shapes:
         if there != here:
-            raise ValueError(
+            raise InvalidInput(
                 f"{name}: {key} is {tuple(there)} in its weights and {tuple(here)} by its config.json: the two do not belong "
                 "together, download the model again"
             )

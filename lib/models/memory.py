@@ -2,21 +2,63 @@
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 import torch
 
 from lib import parallel
+from lib.errors import NoRoom
 from lib.models.decoder import Decoder
-from lib.models.loading import resolve_dtype
+from lib.models.host import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.8  # of the free memory may be planned with
 ACTIVATION_SHARE = 0.25  # of the free memory for kept hidden states, unless --activation_memory says otherwise
+SOLVER_SQUARES, SOLVER_WEIGHTS = 4, 8  # fp32 matrices (in, in) and (out, in) that a solver has at a time, at most
+TRAINING_BYTES = 4 + 4 + 8 + 1  # of a trained weight: fp32 copy, gradient, Adam's two moments, mask
+SAID = 200  # characters of an allocator's message that are passed on
 GRAPH_WIDTH = 24  # a block's graph holds about this many tensors as large as its hidden state (measured on LLaMA blocks)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a command keeps beside the weights, for `plan`.
+
+    `sums_per_weight`: bytes for each weight of all blocks' matrices. `graph`: a sample's graph through all blocks. `hidden_states`:
+    how many (T, H). `hessians`: how many (in, in) for each linear of a block. `solver`: whether an update is solved for from
+    them. `training`: whether a block is trained.
+    """
+
+    sums_per_weight: int = 0
+    graph: bool = False
+    hidden_states: int = 0
+    hessians: int = 0
+    solver: bool = False
+    training: bool = False
+
+    def of(self, decoder: Decoder, itemsize: int, state: int) -> dict[str, int]:
+        """{what: bytes} of a resident run in a dtype of `itemsize` bytes with hidden states of `state` bytes, all of these kept."""
+        weights = sum(parameter.numel() for parameter in decoder.model.parameters())
+        in_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
+        shapes = [list(decoder.shapes(i).values()) for i in range(len(decoder))]
+        # Linears with the same inputs share a Hessian, which a model that is only an outline does not tell: an upper bound.
+        hessians = max(sum(4 * width**2 for _, width in block) for block in shapes)
+        solver = max(4 * (SOLVER_SQUARES * width**2 + SOLVER_WEIGHTS * out * width) for block in shapes for out, width in block)
+        trained = max(in_blocks) * (TRAINING_BYTES + itemsize) + GRAPH_WIDTH * state
+        return {
+            "weights": weights * itemsize,
+            "sums of gradients": sum(in_blocks) * self.sums_per_weight,
+            "graph": len(decoder) * GRAPH_WIDTH * state * self.graph,
+            "hidden states": self.hidden_states * state,
+            "Hessians": hessians * self.hessians,
+            "solver": solver * self.solver,
+            "training of a block": trained * self.training,
+        }
 
 
 @dataclass(frozen=True)
@@ -24,12 +66,16 @@ class Plan:
     """What `plan` has decided.
 
     `streamed`: the blocks stay on disk. `hidden_states`: how many of a sample's hidden states may be kept at a time. `own`: what
-    else a sample keeps, in hidden states.
+    else a sample keeps, in hidden states. `bytes`: {what: bytes} that are held besides.
     """
 
     streamed: bool
     hidden_states: int
     own: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in self.bytes.items() if size)
 
     def measured(self, decoder: Decoder) -> "Plan":
         """The same with what a sample of the model keeps, which its config does not say."""
@@ -78,14 +124,12 @@ def free_bytes(device: torch.device) -> int:
 
 def plan(
     decoder: Decoder,
+    needs: Needs,
     *,
     memory: str,
-    dtype: str,
+    dtype: torch.dtype,
     device: torch.device,
     seq_length: int,
-    sums_per_weight: int = 0,
-    graph: bool = False,
-    hidden_states: int = 0,
     activation_memory: float | None = None,
 ) -> Plan:
     """Decide between memory and streaming; log which and why.
@@ -93,22 +137,48 @@ def plan(
     Args:
         decoder: `loading.outline` of the model.
         memory: "resident", "streamed", or "auto": resident if weights and working set fit in the free memory.
-        sums_per_weight: bytes kept for each weight of a linear of all blocks when resident.
-        graph: whether a sample's graph through all blocks is kept when resident.
-        hidden_states: how many (T, H) hidden states a resident run keeps.
+        dtype: that the model computes in.
         activation_memory: GB for kept hidden states; None: a share of the free memory.
     """
-    model, config = decoder.model, decoder.model.config
-    width = resolve_dtype(dtype, config, device).itemsize
-    in_blocks = sum(parameter.numel() for parameter in decoder.blocks.parameters())
-    state = seq_length * config.get_text_config().hidden_size * width
+    state = seq_length * decoder.model.config.get_text_config().hidden_size * dtype.itemsize
     free = free_bytes(device)
     budget = activation_memory * 1e9 if activation_memory is not None else ACTIVATION_SHARE * free
-    needed = sum(parameter.numel() for parameter in model.parameters()) * width + in_blocks * sums_per_weight
-    needed += len(decoder) * GRAPH_WIDTH * state * graph + min(hidden_states * state, budget)
+    held = needs.of(decoder, dtype.itemsize, state)
+    held["hidden states"] = min(held["hidden states"], int(budget))
+    needed = sum(held.values())
     streamed = memory == "streamed" or (memory == "auto" and needed > RESERVE * free)
+    if streamed:
+        blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
+        held["weights"] -= (sum(blocks) - max(blocks)) * dtype.itemsize
+        held["sums of gradients"] = max(blocks) * needs.sums_per_weight
+        held["graph"] //= len(decoder)
+    chosen = Plan(streamed, max(1, int(budget // state)), bytes=held)
     logger.info(
-        "%s (--memory %s): a resident run needs about %.1f GB besides the process itself, %.1f GB are free on %s",
-        "streamed" if streamed else "resident", memory, needed / 1e9, free / 1e9, device,
+        "%s (--memory %s): a resident run needs about %.1f GB besides the process itself, %.1f GB are free on %s; to be held: %s",
+        "streamed" if streamed else "resident", memory, needed / 1e9, free / 1e9, device, chosen,
     )  # fmt: skip
-    return Plan(streamed, max(1, int(budget // state)))
+    return chosen
+
+
+@contextmanager
+def watched(plan: Plan, device: torch.device) -> Iterator[None]:
+    """An allocation that fails, on the host or a GPU, becomes one line that says what was held and what would need less.
+
+    Raises:
+        NoRoom: instead of what torch and Python raise.
+    """
+    try:
+        yield
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is that of its CPU allocator
+        if not is_out_of_memory(error):
+            raise
+        free, where = free_bytes(device), "the host" if device.type == "cpu" else str(device)
+        smaller = "a smaller --activation_memory" if plan.streamed else "--memory streamed, a smaller --activation_memory"
+        said = " ".join(str(error).split())[:SAID] or type(error).__name__
+        raise NoRoom(
+            f"out of memory, {free / 1e9:.1f} GB are free on {where} while this was held: {plan} ({said}). Use {smaller}, fewer "
+            "--nsamples or a shorter --seq_length"
+        ) from error

@@ -11,8 +11,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers import TrainerCallback
 
+from lib.errors import InvalidInput
 from lib.models.decoder import Decoder
-from lib.models.weights import Matrix
+from lib.models.matrices import Matrix
 
 
 class KeepZeros(TrainerCallback):
@@ -30,7 +31,7 @@ class KeepZeros(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.fsdp or args.deepspeed:
-            raise ValueError("FSDP and DeepSpeed shard weights, and zeros are kept in whole ones: train without them")
+            raise InvalidInput("FSDP and DeepSpeed shard weights, and zeros are kept in whole ones: train without them")
 
     @torch.no_grad()
     def on_optimizer_step(self, *args, **kwargs):
@@ -58,7 +59,7 @@ def add_adapters(decoder: Decoder, keep: KeepZeros, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("LoRA needs peft: pip install -r requirements-finetune.txt, or leave out --lora") from error
+        raise InvalidInput("LoRA needs peft: pip install -r requirements-finetune.txt, or leave out --lora") from error
     names = [
         prefix + name
         for i, prefix in enumerate(decoder.prefixes)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.errors import InvalidInput
+
 VARIANT_SHARE = 0.8  # of a row's total, at most, is removed by `--use_variant`
 VARIANT_TOLERANCE = 0.001  # of its bisection: on the sparsity reached, and on the bracket
 VARIANT_STEPS = 10  # VARIANT_SHARE halved so often is less than VARIANT_TOLERANCE
@@ -33,24 +35,39 @@ class Sparsity:
         """
         if pattern == "unstructured":
             if ratio is None:
-                raise ValueError("unstructured sparsity needs a ratio: add --sparsity_ratio, for example 0.5")
+                raise InvalidInput("unstructured sparsity needs a ratio: add --sparsity_ratio, for example 0.5")
             if not 0 <= ratio < 1:
-                raise ValueError(f"sparsity ratio {ratio} is outside [0, 1): give the share of weights to remove")
+                raise InvalidInput(f"sparsity ratio {ratio} is outside [0, 1): give the share of weights to remove")
             return cls(ratio)
         match = re.fullmatch(r"(\d+):(\d+)", pattern)
         if not match:
-            raise ValueError(f'sparsity type {pattern!r} is neither "unstructured" nor N:M such as 2:4')
+            raise InvalidInput(f'sparsity type {pattern!r} is neither "unstructured" nor N:M such as 2:4')
         n, m = map(int, match.groups())
         if not 0 < n < m:
-            raise ValueError(f"sparsity type {pattern}: N counts the removed weights of every M, so 0 < N < M must hold")
+            raise InvalidInput(f"sparsity type {pattern}: N counts the removed weights of every M, so 0 < N < M must hold")
         if ratio is not None and not abs(ratio - n / m) <= 1e-9:
-            raise ValueError(f"sparsity type {pattern} implies the ratio {n / m:g}, not {ratio:g}: leave --sparsity_ratio out")
+            raise InvalidInput(
+                f"sparsity type {pattern} implies the ratio {n / m:g}, not {ratio:g}: leave --sparsity_ratio out"
+            )
         return cls(n / m, n, m)
 
     def check_width(self, name: str, width: int) -> None:
         """Raise ValueError if a linear with `width` inputs cannot be cut into groups of `m`."""
         if self.m and width % self.m:
-            raise ValueError(f"{name} has {width} inputs, not divisible by {self.m}: choose an N:M whose M divides it")
+            raise InvalidInput(f"{name} has {width} inputs, not divisible by {self.m}: choose an N:M whose M divides it")
+
+
+def mask_of(score: torch.Tensor, target: Sparsity, group: str = "row") -> torch.Tensor:
+    """The mask, (out, in), True = remove, of the lowest scores: N of every M inputs, or a share of every `group`.
+
+    `group`: "row", of every output row; "matrix", of all of it; "variant", of rows, by the share of their total (`variant`).
+    """
+    if target.m:
+        return n_of_m(score, target.n, target.m)
+    if target.ratio == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    unstructured = {"row": per_row, "matrix": whole_matrix, "variant": variant}
+    return unstructured[group](score, target.ratio)
 
 
 def per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:

@@ -1,117 +1,110 @@
-"""The table of methods, and how one of them decides over the weights of a linear."""
+"""The table of methods: which formula scores a weight, what it is made from, and what weights compete in.
+
+A method is a row of `METHODS`; the command line takes its choices from there, and `prune.py` does what the row says.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from lib.models.weights import Matrix
-from lib.pruning import scores, sparsegpt, update
-from lib.pruning.activations import ActivationNorm
-from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row, variant, whole_matrix
-from lib.pruning.update import PUBLISHED, Recipe
+from lib.pruning import scores
+from lib.pruning.statistics import ActivationNorm, ExactHessian, Hessian
+from lib.pruning.targets import Targets
+from lib.pruning.updates.recipe import PUBLISHED, Recipe
 
 PAPER_ALPHA = 100.0  # arXiv 2311.04902, section 4; the published gradient files have it baked in as their scale
 MAX_ALPHA = 1e30  # scores are fp32, and above 1e8 the activation term is lost in their rounding anyway
 
+Score = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]  # (weight, x_norm, grad_norm)
+
 
 @dataclass(frozen=True)
 class Method:
-    """How a method decides: by a score and a mask, or (`statistic` is a Hessian, no score) by SparseGPT's solver."""
+    """A row of the table. `score` is a formula of scores.py, given of ||X||, ||G|| and alpha what the row says."""
 
-    score: Callable | None = None
-    inverse: Callable | None = None  # the score under --gradient_inv
-    statistic: type | None = None  # of the inputs of a linear; None: the method does not look at activations
-    gradients: bool = False
+    score: Callable
+    statistic: type | None = None  # of a linear's inputs, to have ||X|| from; None: the method does not look at activations
+    gradients: bool = False  # takes ||G||
+    alpha: bool = False  # takes the weight of the gradient term
     group: str = "row"  # what weights compete in when unstructured: "row" or "matrix"
     variant: bool = False  # accepts --use_variant
+    inverse: Callable | None = None  # the formula under --gradient_inv, which takes no alpha
+    solver: bool = False  # SparseGPT's solver chooses the mask, and updates as published; the score only orders stages
 
     def observes(self, recipe: Recipe = PUBLISHED) -> type | None:
         """The statistic that method and recipe need: a Hessian's diagonal holds the activation norm as well."""
-        return self.statistic if recipe.update == "none" else sparsegpt.ExactHessian
+        return self.statistic if recipe.update == "none" else ExactHessian
+
+    def formula(self, alpha: float = 1.0, gradient_inv: bool = False) -> Score:
+        """The formula as a function of (weight, x_norm, grad_norm), whichever of them it takes."""
+        measure = self.inverse if gradient_inv else self.score
+        weight_of_term = {"alpha": alpha} if self.alpha and not gradient_inv else {}
+
+        def score(weight: torch.Tensor, x_norm: torch.Tensor | None, grad_norm: torch.Tensor | None) -> torch.Tensor:
+            factors = {"x_norm": x_norm} if self.statistic else {}
+            if self.gradients:
+                factors["grad_norm"] = grad_norm.to(weight.device, non_blocking=True)
+            return measure(weight, **factors, **weight_of_term)
+
+        return score
 
 
 METHODS = {
     "magnitude": Method(scores.magnitude, group="matrix"),
-    "wanda": Method(scores.wanda, statistic=ActivationNorm, variant=True),
-    "gradient": Method(scores.gradient, scores.gradient_inverse, gradients=True),
-    "gblm": Method(scores.gblm, scores.gblm_inverse, statistic=ActivationNorm, gradients=True, variant=True),
-    "sparsegpt": Method(statistic=sparsegpt.Hessian),
+    "wanda": Method(scores.wanda, ActivationNorm, variant=True),
+    "gradient": Method(scores.gradient, gradients=True, inverse=scores.gradient_inverse),
+    "gblm": Method(scores.gblm, ActivationNorm, gradients=True, alpha=True, variant=True, inverse=scores.gblm_inverse),
+    "sparsegpt": Method(scores.wanda, Hessian, solver=True),
 }
 
 
-class Choice:
-    """What decides over the weights of one linear: (its weights as they are now, a share) -> mask, True = remove.
+@dataclass(frozen=True)
+class Settings:
+    """How a model is pruned.
 
-    Args:
-        statistic: activation norm (in,), Hessian (in, in), or Hessian and drift (2, in, in).
-        grad_norm: (out, in), where the rule uses gradients.
+    `method`: a row of METHODS. `targets`: how much of which linear. `alpha`: the weight of the gradient term, applied to gradient
+    norms as they are given. `use_variant`, `gradient_inv`: the flags of that name. `recipe`: what becomes of the weights that stay.
     """
 
-    def __init__(
-        self,
-        rule: Method,
-        target: Sparsity,
-        statistic: torch.Tensor | None,
-        grad_norm: torch.Tensor | None,
-        *,
-        alpha: float = 1.0,
-        inverse: bool = False,
-        use_variant: bool = False,
-    ):
-        self.rule, self.target, self.use_variant = rule, target, use_variant
-        self.hessian, self.drift = None, None
-        if statistic is not None and statistic.ndim > 1:
-            self.hessian, self.drift = statistic if statistic.ndim == 3 else (statistic, None)
-        self.measure = (rule.inverse if inverse else rule.score) or scores.wanda
-        self.alpha = {"alpha": alpha} if self.measure is scores.gblm else {}
-        self.factors: dict[str, torch.Tensor] = {}
-        if rule.statistic and statistic is None:  # an expert that no token reached
-            self.factors["x_norm"] = torch.zeros(())
-        elif rule.statistic:
-            self.factors["x_norm"] = statistic if self.hessian is None else (self.hessian.diagonal() / 2).sqrt()
-        if rule.gradients:
-            self.factors["grad_norm"] = grad_norm
-        self.sound = True  # whether all scores so far were finite; a tensor, that nobody need wait for
+    method: str
+    targets: Targets
+    alpha: float = 1.0
+    use_variant: bool = False
+    gradient_inv: bool = False
+    recipe: Recipe = PUBLISHED
 
-    def __call__(self, weight: torch.Tensor, share: float = 1.0) -> torch.Tensor:
-        """The mask that method and target ask for, or of what it removes the `share` of lowest score."""
-        factors = {name: value.to(weight.device, non_blocking=True) for name, value in self.factors.items()}
-        score = self.measure(weight, **factors, **self.alpha)
-        self.sound = score.amax().isfinite() & self.sound  # scores are not negative, and NaN is larger than all
-        if self.rule.score:
-            mask = mask_of(score, self.target, self.rule.group, self.use_variant)
-        else:
-            mask = sparsegpt.solve(weight, self.hessian.clone(), self.target) == 0
-        return mask if share == 1 else lowest_of(mask, score, share)
+    @property
+    def rule(self) -> Method:
+        """The method's row."""
+        return METHODS[self.method]
 
-    def pruned(self, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-        """The weight without what is removed, (out, in), what remains updated as the recipe says, or by SparseGPT as published."""
-        if self.rule.score is None and recipe.update == "none":
-            return sparsegpt.solve(weight, self.hessian.clone(), self.target)
-        return update.solve(weight, self.hessian, self, recipe, self.drift)
+    @property
+    def score(self) -> Score:
+        """(weight, x_norm, grad_norm) -> importance, (out, in)."""
+        return self.rule.formula(self.alpha, self.gradient_inv)
 
-    def prune(self, linear: Matrix, recipe: Recipe, held: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Prune a linear in place. `held` is the Hessian of windows held out.
+    @property
+    def group(self) -> str:
+        """What weights compete in, as `masks.mask_of` takes it."""
+        return "variant" if self.use_variant else self.rule.group
 
-        Returns whether its weights, and what decided them, are finite; and the errors of its outputs, (2,) or with `held` (4,),
-        where an update has changed what stays.
-        """
-        weight = self.pruned(linear.weight, recipe)
-        sound, errors = self.sound & weight.isfinite().all(), None
-        if recipe.update != "none" and self.hessian is not None:
-            hessians = [self.hessian] if held is None else [self.hessian, held]
-            errors = torch.cat([update.relative_errors(linear.weight, weight, hessian) for hessian in hessians])
-        linear.weight.copy_(weight)
-        return sound, errors
+    @property
+    def statistic(self) -> type | None:
+        """What is to be known of a linear's inputs."""
+        return self.rule.observes(self.recipe)
 
+    @property
+    def masks_only(self) -> bool:
+        """Whether a linear is only masked, as published for all methods but SparseGPT."""
+        return not self.rule.solver and self.recipe.update == "none"
 
-def mask_of(score: torch.Tensor, sparsity: Sparsity, group: str = "row", use_variant: bool = False) -> torch.Tensor:
-    """The mask (True = remove) a method's comparison group and a sparsity ask for, (out, in)."""
-    if sparsity.m:
-        return n_of_m(score, sparsity.n, sparsity.m)
-    if sparsity.ratio == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    if use_variant:
-        return variant(score, sparsity.ratio)
-    return whole_matrix(score, sparsity.ratio) if group == "matrix" else per_row(score, sparsity.ratio)
+    @property
+    def changes_survivors(self) -> bool:
+        """Whether weights that stay are other than before."""
+        return self.rule.solver or self.recipe.changes_survivors
+
+    @property
+    def needs_windows(self) -> bool:
+        """Whether calibration windows have to run through the model."""
+        return self.statistic is not None or self.recipe.epochs > 0

@@ -1,7 +1,7 @@
 """Importance scores: weight statistics in, one score per weight out; a higher score means keep.
 
 Every function is pure and computes in fp32 whatever the weight's dtype. Shapes: `weight`, `grad_norm` and the
-result are (out, in), `x_norm` is (in,). `x_norm` is `activations.ActivationNorm.result()`, `grad_norm` is a tensor of a
+result are (out, in), `x_norm` is (in,). `x_norm` is that of `statistics.Inputs`, `grad_norm` is a tensor of a
 gradient folder, with that folder's `scale` (100) baked in.
 """
 

@@ -19,8 +19,9 @@ from lib.data.windows import calibration_windows
 from lib.gradients.walk import SCALE, gradient_norms
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.methods import PAPER_ALPHA
+from lib.pruning.methods import PAPER_ALPHA, Settings
 from lib.pruning.prune import prune
+from lib.pruning.targets import select
 
 RATIO = 0.5
 
@@ -54,7 +55,7 @@ def main() -> None:
     def pruned(norms, method: str) -> list[torch.Tensor]:
         decoder = loading.load(args.model, dtype="float32")
         alpha = PAPER_ALPHA / SCALE
-        prune(decoder, windows, method=method, sparsity=Sparsity(RATIO), gradients=norms.get, alpha=alpha)
+        list(prune(decoder, windows, Settings(method, select(decoder, Sparsity(RATIO)), alpha), gradients=norms.get))
         return [linear.weight == 0 for linear in linears_of(decoder)]
 
     # A weight that is zero in the dense model is in no mask's power: it does not count.

@@ -235,7 +235,9 @@ def test_online_offline_and_out_of_reach_are_the_same(hub, tmp_path):
 @pytest.mark.parametrize("case", ["offline", "refused", "silent", "not there"])
 def test_a_hub_out_of_reach_is_one_error_soon(tmp_path, hub, case, monkeypatch):
     expected = {"offline": "HF_HUB_OFFLINE", "refused": "refused", "silent": "no answer in 2.5 s", "not there": "404"}[case]
-    monkeypatch.setattr("lib.hub.hf_hub_url", lambda *file, **options: f"http://127.0.0.1:{hub.server_address[1]}/{file}")
+    monkeypatch.setattr(
+        "lib.models.files.hub.hf_hub_url", lambda *file, **options: f"http://127.0.0.1:{hub.server_address[1]}/{file}"
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", case == "offline")
     if case == "not there":
         Hub.files.clear()

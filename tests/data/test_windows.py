@@ -9,8 +9,7 @@ from conftest import VOCABULARY
 
 from lib.data import tokens, windows
 from lib.data.tokens import TokenizedDocuments
-from lib.data.windows import calibration_windows, evaluation_tokens
-from lib.evaluation.perplexity import windows_of
+from lib.data.windows import calibration_windows, evaluation_tokens, windows_of
 
 
 def ids(text):

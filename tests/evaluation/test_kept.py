@@ -8,8 +8,8 @@ from conftest import random_windows, tiny_decoder, tiny_model
 from test_commands import run
 
 import main as pruning
-from lib import prune_flags
-from lib.evaluation import kept
+from lib.cli import prune_flags
+from lib.evaluation import dense_cache
 from lib.models import loading
 
 
@@ -65,7 +65,7 @@ def changed(change) -> dict:
     decoder = tiny_decoder()
     with torch.no_grad():
         change(decoder.model)
-    return kept.conditions(decoder)
+    return dense_cache.conditions(decoder)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_where_a_model_lies_does_not_matter(tmp_path):
     for name in ("one", "two"):
         tiny_model("gemma2").cpu().save_pretrained(tmp_path / name, max_shard_size="20KB" if name == "two" else "1GB")
     found = [
-        kept.conditions(loading.load(str(tmp_path / name), dtype="float32", device="cpu", streamed=streamed))
+        dense_cache.conditions(loading.load(str(tmp_path / name), dtype="float32", device="cpu", streamed=streamed))
         for name, streamed in (("one", False), ("two", False), ("two", True))
     ]
     assert found[0] == found[1] == found[2]
@@ -97,26 +97,27 @@ def test_where_a_model_lies_does_not_matter(tmp_path):
 
 def test_other_windows_are_another_perplexity(tmp_path):
     conditions, windows = {"weights": "w"}, random_windows(4, 12)
-    kept.keep(tmp_path, conditions, windows, 1 / 3, "text")
-    assert kept.find(tmp_path, conditions, windows.clone()) == 1 / 3
-    assert kept.find(tmp_path, conditions, windows[:3]) is None
-    assert kept.find(tmp_path, conditions, windows.view(3, 16)) is None
-    assert kept.find(tmp_path, conditions, windows + 1) is None
-    assert kept.find(tmp_path, {"weights": "v"}, windows) is None
+    cache = dense_cache.DenseCache(tmp_path, conditions)
+    cache.keep(windows, 1 / 3, "text")
+    assert cache.find(windows.clone()) == 1 / 3
+    assert cache.find(windows[:3]) is None
+    assert cache.find(windows.view(3, 16)) is None
+    assert cache.find(windows + 1) is None
+    assert dense_cache.DenseCache(tmp_path, {"weights": "v"}).find(windows) is None
     (file,) = tmp_path.glob("*.json")
     file.write_text("{")
-    assert kept.find(tmp_path, conditions, windows) is None
+    assert cache.find(windows) is None
 
 
 def test_tensors_of_any_shape_and_width():
     for tensor in (torch.tensor(3.0), torch.arange(5.0), torch.arange(15).view(3, 5).half(), torch.arange(24.0).view(2, 3, 4)):
-        assert kept._sums(tensor) == kept._sums(tensor.clone())
-        assert kept._sums(tensor) != kept._sums(tensor + 1)
+        assert dense_cache._sums(tensor) == dense_cache._sums(tensor.clone())
+        assert dense_cache._sums(tensor) != dense_cache._sums(tensor + 1)
     stored = torch.arange(9.0)
-    assert kept._sums(stored[1:]) == kept._sums(stored[1:].clone())  # not where a word begins
+    assert dense_cache._sums(stored[1:]) == dense_cache._sums(stored[1:].clone())  # not where a word begins
 
 
 def test_it_is_kept_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kept.folder() == tmp_path / "gblm-pruner" / "dense_perplexity"
-    assert kept.folder("c").as_posix() == "c/dense_perplexity"
+    assert dense_cache.folder() == tmp_path / "gblm-pruner" / "dense_perplexity"
+    assert dense_cache.folder("c").as_posix() == "c/dense_perplexity"

@@ -7,7 +7,8 @@ import torch
 from conftest import random_windows, tiny_decoder, tiny_model
 
 from lib import parallel
-from lib.evaluation.perplexity import perplexity, windows_of
+from lib.data.windows import windows_of
+from lib.evaluation.perplexity import perplexity
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_windows():

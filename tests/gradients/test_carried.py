@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, random_windows
+from conftest import SMALL, prune_model, random_windows
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConfig
 
 from lib.evaluation.perplexity import perplexity
@@ -10,7 +10,6 @@ from lib.gradients.walk import gradient_norms
 from lib.models import loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 CPU = torch.device("cpu")
 KINDS = ["sliding_attention", "full_attention"]
@@ -87,7 +86,7 @@ def test_they_are_not_without_what_is_carried(monkeypatch):
     """So that the test before can fail: the gradient through shared keys and values is a large part."""
     windows = random_windows(3)
     expected = autograd_norms(decoder_of("gemma4"), windows)
-    monkeypatch.setattr("lib.models.carried.left", lambda lent, leaves: {})
+    monkeypatch.setattr("lib.models.block_arguments.left", lambda lent, leaves: {})
     found = ours(decoder_of("gemma4"), windows)
     assert max(((found[name] - norm).norm() / norm.norm()).item() for name, norm in expected.items()) > 0.05
 
@@ -122,6 +121,6 @@ def test_streamed_is_resident(kind, tmp_path):
         def keep(i, block, decoder=decoder, zeros=zeros):
             zeros.update({(i, name): linear.weight == 0 for name, linear in decoder.linears(i).items()})
 
-        prune(decoder, windows, method="wanda", sparsity=Sparsity.parse("2:4"), finished=keep)
+        prune_model(decoder, windows, method="wanda", sparsity=Sparsity.parse("2:4"), finished=keep)
         found.append((norms, zeros))
     assert all(torch.equal(found[0][k][name], found[1][k][name]) for k in (0, 1) for name in found[0][k])

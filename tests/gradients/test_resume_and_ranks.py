@@ -14,19 +14,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import DEVICE, ROOT, free_port, random_windows, tiny_decoder
+from conftest import DEVICE, ROOT, free_port, prune_model, random_windows, tiny_decoder
 from safetensors.torch import load_file
 from test_commands import run
 from test_walk import SCALE, largest_difference, ours
 
 from lib import parallel
-from lib.gradients import work as work_module
+from lib.gradients import resume as work_module
 from lib.gradients.folder import GradientNorms
+from lib.gradients.resume import GradientWork
 from lib.gradients.walk import gradient_norms
-from lib.gradients.work import GradientWork
 from lib.models import loading
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
@@ -142,7 +141,7 @@ def of_one_rank(rank, world, port, folder):
     pruned = {}
     for method in ("wanda", "sparsegpt"):
         decoder = tiny_decoder()
-        prune(decoder, windows, method=method, sparsity=Sparsity.parse("2:4"))
+        prune_model(decoder, windows, method=method, sparsity=Sparsity.parse("2:4"))
         pruned[method] = decoder.model.state_dict()
     torch.save((norms, pruned), f"{folder}/rank{rank}.pt")
     parallel.stop()
@@ -159,7 +158,7 @@ def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
     for method, weights in pruned.items():
         assert all(torch.equal(weights[name], others[method][name]) for name in weights)  # all ranks end alike
         alone = tiny_decoder()
-        prune(alone, random_windows(5), method=method, sparsity=Sparsity.parse("2:4"))
+        prune_model(alone, random_windows(5), method=method, sparsity=Sparsity.parse("2:4"))
         expected = alone.model.state_dict()  # sums in another order: a near tie may fall the other way
         differing = sum(((weights[name] == 0) != (expected[name] == 0)).sum().item() for name in weights)
         assert differing / sum(weight.numel() for weight in weights.values()) < 1e-3

@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import DEVICE, SMALL, random_windows, tiny_decoder
+from conftest import DEVICE, SMALL, prune_model, random_windows, tiny_decoder
 from test_carried import decoder_of, model_of
 from test_commands import run
 from torch.utils._pytree import tree_leaves
 
-from lib.models import arguments, memory
+from lib.models import block_arguments, memory
 from lib.models.decoder import Decoder, State
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 BLOCKS, WIDTH, PER_LAYER = 6, SMALL["hidden_size"], 8  # of test_carried's models
 STREAMS = {"gemma3n": 4, "gemma4": 1}  # hidden states that a sample has
@@ -22,18 +21,18 @@ def test_what_is_equal_is_shared_and_nothing_else():
     mask, table = torch.ones(3, 3), (torch.ones(3), torch.zeros(3))
     old = [{"mask": mask, "table": table, "own": torch.ones(2), "n": 1}]
     new = [{"mask": mask.clone(), "table": tuple(part.clone() for part in table), "own": torch.zeros(2), "n": 1}]
-    found = arguments.shared(new, old)
+    found = block_arguments.shared(new, old)
     assert found[0]["mask"] is mask and all(a is b for a, b in zip(found[0]["table"], table, strict=True))
-    assert found[0]["own"] is new[0]["own"] and arguments.own(found, old) == [new[0]["own"]]
-    assert arguments.shared([dict(old[0])], old) is old
+    assert found[0]["own"] is new[0]["own"] and block_arguments.own(found, old) == [new[0]["own"]]
+    assert block_arguments.shared([dict(old[0])], old) is old
     for other in ([], [{"mask": mask}], [old[0], old[0]]):
-        assert arguments.shared(new, other) is new
+        assert block_arguments.shared(new, other) is new
 
 
 def test_tensors_inside_others_go_to_files_too():
     shared = torch.ones(2)
     own = [{"a": {"b": (shared, torch.arange(3))}, "n": None}, {"a": torch.zeros(2, 2).T}]
-    kept = arguments.in_file(own, [{"a": shared}])
+    kept = block_arguments.in_file(own, [{"a": shared}])
     assert kept[0]["a"]["b"][0] is shared and kept[0]["n"] is None
     for tensor, before in ((kept[0]["a"]["b"][1], own[0]["a"]["b"][1]), (kept[1]["a"], own[1]["a"])):
         assert tensor.is_shared() and torch.equal(tensor, before)  # with a file
@@ -81,7 +80,7 @@ def test_beyond_the_plan_it_is_in_files_with_the_same_result(kind):
         shared = in_memory([states[-1]]) - sample * (kept is None)
         assert in_memory(states) - shared <= (sample if kept else len(windows) * sample)  # of the first one, masks as well
         assert all(in_a_file(state.hidden) == bool(kept) for state in states)
-        prune(decoder, windows, method="wanda", sparsity=Sparsity.parse("2:4"), hidden_states=kept)
+        prune_model(decoder, windows, method="wanda", sparsity=Sparsity.parse("2:4"), hidden_states=kept)
         found.append(decoder.model.state_dict())
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
 

@@ -5,7 +5,7 @@ import os
 import families
 import pytest
 import torch
-from conftest import free_port, random_windows
+from conftest import free_port, prune_model, random_windows
 from test_walk import ours
 from tiny_configs import TYPES, tiny_model
 
@@ -13,7 +13,6 @@ from lib import parallel
 from lib.models import checks, loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 CPU = torch.device("cpu")
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4", "granitemoe", "ernie4_5_moe", "zaya"]
@@ -71,7 +70,7 @@ def outcome(kind: str) -> tuple[dict, dict]:
     windows = random_windows(5).cpu()
     norms = ours(Decoder(tiny_model(kind), CPU), parallel.share(windows))
     decoder = Decoder(tiny_model(kind), CPU)
-    prune(decoder, windows, method="wanda", sparsity=Sparsity.parse("2:4"))
+    prune_model(decoder, windows, method="wanda", sparsity=Sparsity.parse("2:4"))
     return norms, decoder.model.state_dict()
 
 

@@ -4,12 +4,11 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import DEVICE, random_windows, tiny_decoder
+from conftest import DEVICE, prune_model, random_windows, tiny_decoder
 from transformers import Trainer, TrainingArguments
 
 from lib.models.recovery import KeepZeros, add_adapters
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="no peft: pip install -r requirements-finetune.txt"
@@ -19,7 +18,7 @@ PATTERNS = ["2:4", "unstructured"]
 
 def pruned(pattern: str, family: str = "llama-gqa-tied"):
     decoder = tiny_decoder(family)
-    prune(decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse(pattern, 0.5))
+    prune_model(decoder, random_windows(4), method="wanda", sparsity=Sparsity.parse(pattern, 0.5))
     return decoder
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, random_windows
+from conftest import SMALL, prune_model, random_windows
 from safetensors.torch import load_file
 from test_commands import run
 from test_walk import SCALE, largest_difference, ours
@@ -14,7 +14,6 @@ from transformers.models.mllama import MllamaTextConfig
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
 
 SKIPPED = [1, 3]
 
@@ -74,7 +73,7 @@ def test_gradients_are_those_of_the_whole_model():
 
 def test_pruning_leaves_them_dense():
     pruned, dense = decoder(), mllama().state_dict()
-    zeros = prune(pruned, random_windows(4), method="wanda", sparsity=Sparsity.parse("2:4"))
+    zeros = prune_model(pruned, random_windows(4), method="wanda", sparsity=Sparsity.parse("2:4"))
     for i in range(5):
         assert bool(zeros[i]) == (i not in SKIPPED)
     for name, weight in pruned.model.state_dict().items():

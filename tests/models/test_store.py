@@ -7,16 +7,15 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import SMALL, random_windows, tiny_model
+from conftest import SMALL, prune_model, random_windows, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from lib.models import loading
-from lib.models.checkpoint import Checkpoint
-from lib.models.store import Store, foreign_weights
+from lib.models.files.checkpoint import Checkpoint
+from lib.models.files.pruned_checkpoint import Store, foreign_weights
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
-from lib.pruning.selection import select
+from lib.pruning.targets import select
 
 EXTRAS = {  # what a folder from the hub holds besides, byte for byte: spaces and order of a file no library would write
     "generation_config.json": b'{ "eos_token_id":[2,  3] }',
@@ -97,9 +96,9 @@ def pruned_to(folder, dense, ratio: float, streamed=False, dtype="float32"):
     decoder = loading.load(str(dense), dtype=dtype, device="cpu", streamed=streamed)
     targets = select(decoder, Sparsity(ratio))
     written = Store(folder, loading.dense_tensors(str(dense), decoder))
-    prune(
+    prune_model(
         decoder, random_windows(3), method="wanda", sparsity=targets,
-        finished=lambda i, block: written.write_block(decoder.prefixes[i], block, [f"{name}.weight" for name in targets.get(i, ())]),
+        finished=lambda i, block: written.write_block(decoder, i, targets.get(i, ())),
     )  # fmt: skip
     written.finish()
     return decoder
@@ -204,7 +203,7 @@ def test_an_earlier_checkpoint_goes_when_the_new_one_is_whole(tmp_path):
     before = contents(tmp_path / "pruned")
     decoder = loading.load(str(dense), dtype="float32", device="cpu")
     unfinished = Store(tmp_path / "pruned", loading.dense_tensors(str(dense), decoder))
-    unfinished.write_block(decoder.prefixes[0], decoder.blocks[0], ["mlp.up_proj.weight"])
+    unfinished.write_block(decoder, 0, ["mlp.up_proj"])
     assert contents(tmp_path / "pruned") == before  # a process may die here
     unfinished.discard()
     assert [path.name for path in tmp_path.iterdir() if path.name != "dense"] == ["pruned"]
@@ -224,7 +223,7 @@ def test_updated_weights_that_the_files_cannot_hold(tmp_path):
     written = Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder), updated=True)
     decoder.blocks[1].mlp.up_proj.weight[3, 4] = 1e6
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has updated weights beyond 65504"):
-        written.write_block(decoder.prefixes[1], decoder.blocks[1], ["mlp.up_proj.weight"])
+        written.write_block(decoder, 1, ["mlp.up_proj"])
     written.discard()
 
 
@@ -240,7 +239,7 @@ def test_a_disk_without_room_is_known_before_the_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
 def test_fused_tensors_are_carried_back_to_the_files_they_came_from(model, tmp_path):
     """Experts that lie one by one in the files, and are one tensor in the model."""
-    from lib.models.conversion import ModelTensors
+    from lib.models.files.conversion import ModelTensors
 
     own = {"num_local_experts": 4} if model == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
     config = getattr(transformers, {"mixtral": "MixtralConfig", "qwen3_moe": "Qwen3MoeConfig"}[model])(**SMALL, **own)

@@ -7,16 +7,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEVICE, random_windows, tiny_model
+from conftest import DEVICE, prune_model, random_windows, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lib.evaluation.perplexity import perplexity
 from lib.gradients.walk import gradient_norms
-from lib.models import checkpoint, loading, memory, store
+from lib.models import loading, memory
+from lib.models.files import checkpoint, pruned_checkpoint
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune
-from lib.pruning.selection import select
+from lib.pruning.targets import select
 
 FAMILIES = ["llama", "llama-gqa-tied", "qwen2", "gemma2", "phi3", "opt"]
 
@@ -70,14 +70,12 @@ def test_pruned_checkpoints_are_bitwise_equal(saved, family, method, tmp_path):
     resident, streamed = both(saved, family)
     for name, decoder in (("resident", resident), ("streamed", streamed)):
         dense_tensors = loading.dense_tensors(str(saved / family), decoder)
-        written = store.Store(tmp_path / name, dense_tensors, updated=method == "sparsegpt")
+        written = pruned_checkpoint.Store(tmp_path / name, dense_tensors, updated=method == "sparsegpt")
         dense = perplexity(decoder, windows, group=1 if name == "resident" else 4)
-        prune(
+        prune_model(
             decoder, windows, method=method, sparsity=Sparsity.parse("2:4"), gradients=gradients,
             hidden_states=None if name == "resident" else 2,
-            finished=lambda i, block, s=written, d=decoder: s.write_block(
-                d.prefixes[i], block, [f"{linear}.weight" for linear in d.linears(i)]
-            ),
+            finished=lambda i, block, s=written, d=decoder: s.write_block(d, i, d.linears(i)),
         )  # fmt: skip
         written.finish()
         if name == "streamed":
@@ -99,10 +97,10 @@ def test_only_pruned_linears_are_written_anew(saved, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     decoder = loading.load(str(tmp_path / "dense"), dtype="float16", device=DEVICE)
     targets = select(decoder, Sparsity.parse("2:4"), exclude=["*.up_proj"])
-    written = store.Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder))
-    prune(
+    written = pruned_checkpoint.Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder))
+    prune_model(
         decoder, None, method="magnitude", sparsity=targets,
-        finished=lambda i, block: written.write_block(decoder.prefixes[i], block, [f"{name}.weight" for name in targets[i]]),
+        finished=lambda i, block: written.write_block(decoder, i, targets[i]),
     )  # fmt: skip
     written.finish()
     dense, pruned = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "pruned"))
@@ -133,7 +131,7 @@ def test_incomplete_and_damaged_checkpoints_are_named(saved, tmp_path):
     shard.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=rf"{shard.name} is not a whole safetensors file"):
         loading.load(str(tmp_path / "model"), device=DEVICE, streamed=True)
-    assert store.foreign_weights(tmp_path / "model")
+    assert pruned_checkpoint.foreign_weights(tmp_path / "model")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=rf"is incomplete, {shard.name} of its index"):
         loading.load(str(tmp_path / "model"), device=DEVICE, streamed=True)
@@ -180,11 +178,12 @@ def test_what_cannot_be_streamed_says_why(saved, tmp_path):
 def test_auto_streams_what_does_not_fit_and_says_so(saved, monkeypatch, caplog, free, expected):
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     caplog.set_level(logging.INFO)
-    options = {"dtype": "float32", "device": torch.device("cpu"), "seq_length": 16, "sums_per_weight": 8}
-    assert memory.plan(loading.outline(str(saved / "llama")), memory="auto", **options).streamed is expected
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "seq_length": 16}
+    outline, needs = loading.outline(str(saved / "llama")), memory.Needs(sums_per_weight=8)
+    assert memory.plan(outline, needs, memory="auto", **options).streamed is expected
     assert ("streamed" if expected else "resident") in caplog.text and "GB are free" in caplog.text
-    assert memory.plan(loading.outline(str(saved / "llama")), memory="resident", **options).streamed is False
-    assert memory.plan(loading.outline(str(saved / "llama")), memory="streamed", **options).streamed is True
+    assert memory.plan(outline, needs, memory="resident", **options).streamed is False
+    assert memory.plan(outline, needs, memory="streamed", **options).streamed is True
 
 
 @pytest.mark.parametrize("limits, expected", [({}, math.inf), ({"a": 900, "a/b": 500}, 450), ({"a": 300, "a/b": "max"}, 250)])

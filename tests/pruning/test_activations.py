@@ -4,21 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from lib.models.weights import matrices_of
-from lib.pruning.activations import ActivationNorm, observe
+from lib.models.matrices import matrices_of
+from lib.pruning.statistics import ActivationNorm, observe
 
 
 def test_the_mean_is_over_sequences_not_tokens():
     accumulated = ActivationNorm(2, torch.device("cpu"))
     accumulated.add(torch.tensor([[[1.0, 0.0], [2.0, 2.0], [2.0, 0.0]]]))  # squares sum to 9, 4
     accumulated.add(torch.tensor([[[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]]))  # 9, 4
-    assert accumulated.result(2).tolist() == [3.0, 2.0]
+    assert accumulated.result(2).x_norm.tolist() == [3.0, 2.0]
 
 
 def test_sums_are_fp32():
     accumulated = ActivationNorm(1, torch.device("cpu"))
     accumulated.add(torch.full((1, 4096, 1), 16.0, dtype=torch.float16))  # the sum of squares, 2^20, overflows float16
-    assert accumulated.result(1).item() == 1024
+    assert accumulated.result(1).x_norm.item() == 1024
 
 
 class Pair(nn.Module):

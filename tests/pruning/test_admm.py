@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_least_squares import damped, problem
 
-from lib.pruning import admm, update
 from lib.pruning.masks import lowest_of, n_of_m, per_row
+from lib.pruning.updates import admm
+from lib.pruning.updates.recipe import shares
 
 
 def choose(weight: torch.Tensor, share: float, score: torch.Tensor, pattern: str) -> torch.Tensor:
@@ -26,12 +27,12 @@ def test_stages_are_those_of_the_paper(pattern, stages, dead):
         return choose(a, share, a.abs() * h.diagonal().sqrt(), pattern)
 
     v, u = dense, torch.zeros_like(dense)
-    for share in update.shares(stages):
+    for share in shares(stages):
         mask = decide(v + u, share)
         z = (v + u) * ~mask
         u = v + u - z
         v = (dense @ h + (z - u) @ rho) @ torch.linalg.inv(h + rho)
-    found_mask, found = admm.solve(weight, hessian.double(), decide, update.shares(stages))
+    found_mask, found = admm.solve(weight, hessian.double(), decide, shares(stages))
     assert torch.equal(found_mask, mask) and (found[found_mask] == 0).all()
     torch.testing.assert_close(found, z, rtol=1e-9, atol=1e-9)
 
@@ -51,9 +52,9 @@ def test_units_for_short_formats_are_only_for_weights_of_those(dtype, monkeypatc
 
     original = torch.Tensor.addmm_
     monkeypatch.setattr(torch.Tensor, "addmm_", product)
-    mask, found = admm.solve(weight, hessian.clone(), decide, update.shares(4), dtype)
+    mask, found = admm.solve(weight, hessian.clone(), decide, shares(4), dtype)
     assert len(settings) == 3 and {setting == "bf16" for setting in settings} == {dtype == torch.bfloat16}
-    exact_mask, exact = admm.solve(weight, hessian.double(), decide, update.shares(4))
+    exact_mask, exact = admm.solve(weight, hessian.double(), decide, shares(4))
     assert (mask != exact_mask).float().mean() < (0.02 if dtype == torch.bfloat16 else 1e-3)
     errors = [((z.double() - weight) @ damped(hessian) * (z.double() - weight)).sum() for z in (found, exact)]
     assert errors[0] == pytest.approx(errors[1].item(), rel=0.05 if dtype == torch.bfloat16 else 1e-3)
@@ -66,7 +67,7 @@ def test_it_beats_a_mask_that_was_chosen_at_once():
     def decide(a, share):
         return choose(a, share, a.abs() * scale, "row")
 
-    _, start = admm.solve(weight, hessian.clone(), decide, update.shares(8))
+    _, start = admm.solve(weight, hessian.clone(), decide, shares(8))
     h = damped(hessian)
 
     def error(v):

@@ -2,22 +2,20 @@
 
 import pytest
 import torch
-from conftest import DEVICE, random_windows, tiny_decoder
+from conftest import DEVICE, prune_model, random_windows, tiny_decoder
 from test_experts import decoder_of
 from test_least_squares import damped
 from test_update import output_error, pruned
 
-from lib.models.weights import kind_of
-from lib.pruning import least_squares
-from lib.pruning.activations import ActivationNorm
-from lib.pruning.asymmetric import Drift, Stream, target
+from lib.models.matrices import kind_of
 from lib.pruning.masks import Sparsity
-from lib.pruning.prune import prune
-from lib.pruning.statistics import collect
-from lib.pruning.update import Recipe
+from lib.pruning.statistics import ActivationNorm, Drift, Stream, collect
+from lib.pruning.updates import least_squares
+from lib.pruning.updates.asymmetric import target
+from lib.pruning.updates.recipe import Recipe
 
 
-def statistics_of(dense: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def statistics_of(dense: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of samples (n, T, in), in two halves each."""
     stream = Stream(tokens=dense.shape[1])
     drift = Drift(dense.shape[-1], dense.device, stream)
@@ -26,7 +24,8 @@ def statistics_of(dense: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         drift.add(one)
         stream.dense = False
         drift.add(other)
-    return drift.result(len(dense))
+    inputs = drift.result(len(dense))
+    return inputs.hessian, inputs.drift
 
 
 def two_streams(width: int = 12, tokens: int = 60):
@@ -89,8 +88,8 @@ def test_the_statistic_is_that_of_the_two_models(dtype):
     for name, seen in inputs.items():
         x, z = (torch.cat(seen[k::2]).flatten(0, 1).double() for k in (0, 1))
         hessian, drift = x.T @ x / 3, (z - x).T @ x / 3
-        assert torch.allclose(found[name][0].double(), hessian, rtol=1e-4, atol=1e-4 * hessian.abs().max().item())
-        assert torch.allclose(found[name][1].double(), drift, atol=1e-4 * hessian.abs().max().item())
+        assert torch.allclose(found[name].hessian.double(), hessian, rtol=1e-4, atol=1e-4 * hessian.abs().max().item())
+        assert torch.allclose(found[name].drift.double(), drift, atol=1e-4 * hessian.abs().max().item())
         assert drift.abs().max() > 1e-3 * hessian.abs().max(), name
     expected = dense.enter_all(windows)
     for i in (0, 1):
@@ -111,14 +110,15 @@ def test_inputs_that_are_not_those_of_all_tokens_have_no_drift():
             drift.add(dense)
             stream.dense = False
         drift.add(own)
-    assert drift.tokens == 12 and torch.allclose(drift.result(1)[0], 6 * own.T @ own)
-    assert drift.result(1)[1].abs().max() < 1e-5
+    inputs = drift.result(1)
+    assert drift.tokens == 12 and torch.allclose(inputs.hessian, 6 * own.T @ own)
+    assert inputs.drift.abs().max() < 1e-5
 
 
 def test_a_mixture_of_experts_is_pruned():
     decoder, dense = decoder_of("mixtral"), decoder_of("mixtral")
     recipe = Recipe("lsq", 2, asymmetric=0.25)
-    prune(decoder, random_windows(24), method="wanda", sparsity=Sparsity.parse("2:4"), recipe=recipe)
+    prune_model(decoder, random_windows(24), method="wanda", sparsity=Sparsity.parse("2:4"), recipe=recipe)
     for i in range(len(decoder)):
         for name, linear in decoder.linears(i).items():
             assert ((linear.weight == 0).view(-1, 4).sum(1) == 2).all(), name

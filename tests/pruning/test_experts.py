@@ -5,15 +5,15 @@ import re
 
 import pytest
 import torch
-from conftest import DEVICE, random_windows
+from conftest import DEVICE, prune_model, random_windows
 from test_sparsegpt import naive_solve
 from tiny_configs import tiny_model
 
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune, share_of_zeros
-from lib.pruning.selection import select
+from lib.pruning.outcome import share_of_zeros
+from lib.pruning.targets import select
 
 N, EXPERTS = 6, 8
 MIXTURES = {  # what makes a tiny model of 8 experts in every block, and whether a stack is (E, in, out)
@@ -104,7 +104,7 @@ def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, in
     sparsity, windows = Sparsity.parse(pattern, 0.4 if pattern == "unstructured" else None), random_windows(N, 24)
     decoder, dense = decoder_of(kind), decoder_of(kind)
     reached = routed(dense.blocks[0], windows, dense.model)
-    prune(
+    prune_model(
         decoder,
         windows if METHODS[method].statistic else None,
         method=method,
@@ -152,7 +152,7 @@ def test_an_expert_without_tokens_is_reported_and_pruned_by_magnitude(kind, meth
                 norms[name].zero_()
         return norms
 
-    zeros = prune(decoder, windows, method=method, sparsity=sparsity, gradients=gradients)
+    zeros = prune_model(decoder, windows, method=method, sparsity=sparsity, gradients=gradients)
     assert share_of_zeros({0: zeros[0]}) == pytest.approx(0.5, abs=0.01)
     if method != "magnitude":
         assert f"{2 * (EXPERTS - len(chosen))} of " in caplog.text and "had no calibration tokens" in caplog.text
@@ -184,7 +184,7 @@ def test_an_expert_without_tokens_chosen_alone_is_pruned(method, caplog):
     def nothing(i):
         return {name: torch.zeros(matrix.shape) for name, matrix in decoder.linears(i).items()}
 
-    zeros = prune(decoder, windows, method=method, sparsity=chosen, gradients=nothing)
+    zeros = prune_model(decoder, windows, method=method, sparsity=chosen, gradients=nothing)
     for parameter in ("gate_up_proj", "down_proj"):
         zero, total = zeros[0][f"mlp.experts.{idle}.{parameter}"]
         assert zero / total == pytest.approx(0.5, abs=0.01)
@@ -196,7 +196,7 @@ def test_one_expert_and_routers_are_chosen_by_name():
     chosen = select(decoder, half, include=["*.experts.3.*"])
     assert chosen == {i: {f"mlp.experts.3.{p}": half for p in ("gate_up_proj", "down_proj")} for i in range(2)}
     before = decoder.blocks[0].mlp.experts.down_proj[2].clone()
-    prune(decoder, None, method="magnitude", sparsity=chosen)
+    prune_model(decoder, None, method="magnitude", sparsity=chosen)
     assert torch.equal(decoder.blocks[0].mlp.experts.down_proj[2], before)
     assert (decoder.blocks[0].mlp.experts.down_proj[3] == 0).float().mean() == pytest.approx(0.5, abs=0.01)
     assert not any("gate" in name.split(".")[-1] and "proj" not in name for name in select(decoder, half)[0])

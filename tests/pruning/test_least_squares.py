@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sparsegpt import hessian_of, inputs
 
-from lib.pruning import least_squares, sparsegpt
 from lib.pruning.masks import Sparsity, n_of_m, per_row
+from lib.pruning.updates import least_squares, sparsegpt
 
 
 def problem(width: int = 24, rows: int = 16, seed: int = 0, tokens: int = 40, dead: tuple[int, ...] = ()):

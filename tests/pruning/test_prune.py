@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from conftest import DEVICE, TINY, random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, TINY, prune_model, random_windows, tiny_decoder, tiny_model
 from test_sparsegpt import naive_solve, slack_of
 from torch import nn
 
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune, share_of_zeros
-from lib.pruning.selection import select
+from lib.pruning.outcome import share_of_zeros
+from lib.pruning.targets import select
 
 N = 4
 
@@ -88,7 +88,7 @@ def test_masks_are_the_naive_restatements(family, method, inverse, pattern):
     with torch.no_grad():
         path = decoder.prefixes[0].rpartition(".0.")[0]
         naive_prune(naive, path, windows, method, pattern, ratio, alpha=2.0, inverse=inverse)
-    zeros = prune(
+    zeros = prune_model(
         decoder,
         windows if METHODS[method].statistic else None,
         method=method,
@@ -110,9 +110,11 @@ def test_a_block_is_scored_whole_and_sees_pruned_predecessors():
     """Scoring after each linear, or from dense activations, gives other masks than those pinned above; show that it does."""
     windows = random_windows(N)
     pruned = tiny_decoder()
-    prune(pruned, windows, method="wanda", sparsity=Sparsity.parse("2:4"))
+    prune_model(pruned, windows, method="wanda", sparsity=Sparsity.parse("2:4"))
     alone = tiny_decoder()
-    prune(alone, windows, method="wanda", sparsity=select(alone, Sparsity.parse("2:4"), layer=2))  # sees dense predecessors
+    prune_model(
+        alone, windows, method="wanda", sparsity=select(alone, Sparsity.parse("2:4"), layer=2)
+    )  # sees dense predecessors
     a, b = (d.blocks[2].mlp.down_proj.weight == 0 for d in (pruned, alone))
     assert not torch.equal(a, b)
     assert all(linear.weight.all() for i in (0, 1) for linear in alone.linears(i).values())
@@ -125,7 +127,7 @@ def test_sparsegpt_is_the_naive_solver(family, pattern, ratio):
     """In the first block, in rows where rounding decides nothing; behind it the inputs may differ already."""
     windows, sparsity = random_windows(16), Sparsity.parse(pattern, ratio)
     decoder, dense = tiny_decoder(family), tiny_decoder(family)
-    prune(decoder, windows, method="sparsegpt", sparsity=sparsity)
+    prune_model(decoder, windows, method="sparsegpt", sparsity=sparsity)
     inputs = {name: [] for name in dense.linears(0)}
     for name, linear in dense.linears(0).items():
         linear.module.register_forward_pre_hook(
@@ -147,7 +149,7 @@ def test_sparsegpt_prunes_and_loses_less_than_magnitude(pattern, ratio):
     windows, loss = random_windows(16), {}
     for method in ("sparsegpt", "magnitude"):
         decoder = tiny_decoder()
-        zeros = prune(decoder, windows, method=method, sparsity=Sparsity.parse(pattern, ratio))
+        zeros = prune_model(decoder, windows, method=method, sparsity=Sparsity.parse(pattern, ratio))
         dense, logits = tiny_model()(windows).logits, decoder.model(windows).logits
         loss[method] = (logits - dense).square().mean().item()
         assert share_of_zeros(zeros) == pytest.approx(0.5, abs=0.02)
@@ -156,7 +158,7 @@ def test_sparsegpt_prunes_and_loses_less_than_magnitude(pattern, ratio):
 
 def test_the_variant_reaches_the_ratio_with_unequal_rows():
     decoder = tiny_decoder(hidden_size=64, num_attention_heads=4)
-    prune(decoder, random_windows(N), method="wanda", sparsity=Sparsity.parse("unstructured", 0.5), use_variant=True)
+    prune_model(decoder, random_windows(N), method="wanda", sparsity=Sparsity.parse("unstructured", 0.5), use_variant=True)
     rows = (decoder.blocks[0].mlp.gate_proj.weight == 0).sum(dim=1)
     assert len(set(rows.tolist())) > 1
     assert rows.float().mean().item() / 64 == pytest.approx(0.5, abs=0.03)
@@ -166,7 +168,7 @@ def test_same_inputs_same_masks():
     weights = []
     for _ in range(2):
         decoder = tiny_decoder()
-        prune(decoder, random_windows(N), method="wanda", sparsity=Sparsity.parse("4:8"))
+        prune_model(decoder, random_windows(N), method="wanda", sparsity=Sparsity.parse("4:8"))
         weights.append(decoder.blocks[2].mlp.up_proj.weight)
     assert torch.equal(*weights)
 
@@ -174,7 +176,7 @@ def test_same_inputs_same_masks():
 def test_errors_come_before_any_pruning():
     decoder = tiny_decoder()
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, not divisible by 5"):
-        prune(decoder, random_windows(N), method="wanda", sparsity=Sparsity.parse("2:5"))
+        prune_model(decoder, random_windows(N), method="wanda", sparsity=Sparsity.parse("2:5"))
     assert all(linear.weight.all() for linear in decoder.linears(0).values())
 
 
@@ -188,7 +190,7 @@ def test_a_linear_whose_scores_are_not_finite_is_named(value, method, pattern, v
     with torch.no_grad():
         decoder.blocks[1].mlp.up_proj.weight[2, 5] = value
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: scores contain NaN or infinity.*--dtype"):
-        prune(
+        prune_model(
             decoder, random_windows(N), method=method, sparsity=Sparsity.parse(pattern, 0.5), use_variant=variant,
             finished=lambda i, block: finished.append(i),
         )  # fmt: skip
@@ -199,9 +201,9 @@ def test_sparsegpt_names_a_linear_whose_inputs_are_not_finite():
     decoder = tiny_decoder()
     decoder.blocks[1].mlp.up_proj.register_forward_hook(lambda module, args, output: output * torch.inf)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: the Hessian .* not positive definite.*--nsamples"):
-        prune(decoder, random_windows(N), method="sparsegpt", sparsity=Sparsity.parse("2:4"))
+        prune_model(decoder, random_windows(N), method="sparsegpt", sparsity=Sparsity.parse("2:4"))
 
 
 def test_ratio_zero_removes_nothing():
     decoder = tiny_decoder()
-    assert share_of_zeros(prune(decoder, None, method="magnitude", sparsity=Sparsity(0.0))) == 0
+    assert share_of_zeros(prune_model(decoder, None, method="magnitude", sparsity=Sparsity(0.0))) == 0

@@ -1,6 +1,7 @@
 """Shares that differ between blocks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,41 +9,42 @@ from conftest import tiny_decoder
 from test_commands import run, windows_measured
 
 import main as pruning
+from lib.errors import InvalidInput
 from lib.models import loading
-from lib.pruning import ratios
-from lib.pruning.prune import NotFinite
+from lib.pruning import search, targets
+from lib.pruning.outcome import NotFinite
 
 
 def test_shares_rise_from_block_to_block_and_the_total_is_met():
     weights = [100, 300, 200]
-    shares = ratios.line(0.2, weights, 0.6)
+    shares = targets.line(0.2, weights, 0.6)
     assert [shares[1] - shares[0], shares[2] - shares[1]] == pytest.approx([0.1, 0.1])
     assert sum(share * weight for share, weight in zip(shares, weights, strict=True)) / 600 == pytest.approx(0.6, abs=1e-9)
-    assert ratios.line(-0.2, [1, 1, 1], 0.5) == pytest.approx([0.6, 0.5, 0.4])
-    assert ratios.line(0.3, weights, 0.0) == [0, 0, 0]
-    assert ratios.line(0.0, weights, 0.7) == pytest.approx([0.7] * 3)
-    assert ratios.line(0.3, [5], 0.7) == pytest.approx([0.7])
+    assert targets.line(-0.2, [1, 1, 1], 0.5) == pytest.approx([0.6, 0.5, 0.4])
+    assert targets.line(0.3, weights, 0.0) == [0, 0, 0]
+    assert targets.line(0.0, weights, 0.7) == pytest.approx([0.7] * 3)
+    assert targets.line(0.3, [5], 0.7) == pytest.approx([0.7])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.9, 0.94, 0.95])
 @pytest.mark.parametrize("slope", [-1, 0.6, 1])
 def test_no_share_leaves_its_range(ratio, slope):
-    shares = ratios.line(slope, [1, 1, 2], ratio)
-    assert all(0 <= share <= ratios.MOST for share in shares)
+    shares = targets.line(slope, [1, 1, 2], ratio)
+    assert all(0 <= share <= targets.LARGEST_SHARE for share in shares)
     assert (shares[0] + shares[1] + 2 * shares[2]) / 4 == pytest.approx(ratio, abs=1e-9)
 
 
 def test_a_line_without_slope_removes_as_many_as_equal_shares():
     """Of every row, which is rounded down."""
     for count, width, ratio in ((40, 5120, 0.6), (28, 8960, 0.6), (40, 5120, 0.15), (32, 4096, 0.3), (3, 11008, 0.7)):
-        assert {int(width * share) for share in ratios.line(0.0, [7] * count, ratio)} == {int(width * ratio)}
+        assert {int(width * share) for share in targets.line(0.0, [7] * count, ratio)} == {int(width * ratio)}
 
 
 def test_blocks_without_matrices_have_no_share(monkeypatch):
     decoder = tiny_decoder()
     linears = decoder.linears
     monkeypatch.setattr(decoder, "linears", lambda i: {} if i == 1 else linears(i))
-    assert ratios.of_blocks(decoder, 0.2, 0.5) == pytest.approx({"0": 0.4, "2": 0.6})
+    assert targets.line_of(decoder, 0.2, 0.5) == pytest.approx({"0": 0.4, "2": 0.6})
 
 
 @pytest.fixture
@@ -69,16 +71,16 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     """And the model is that of a run with this slope."""
     perplexity, measured = pruning.perplexity, windows_measured(monkeypatch)
     command += ["--prune_method", method, "--memory", memory, "--dtype", "float32", "--save_model"]
-    count, more = (6, ["--held_out", 6]) if method == "wanda" else (pruning.HELD_OUT, [])
+    count, more = (6, ["--held_out", 6]) if method == "wanda" else (search.LEAST_HELD_OUT, [])
     printed = run(*command, tmp_path / "line", "--layer_ratios", "line", *more)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     tried, chosen = results["tried"]["layer_ratios"], results["chosen"]["layer_ratios"]
     assert results["flags"]["layer_ratios"] == "line"
-    assert list(tried) == pruning.LINES and len(set(tried.values())) == len(tried)
+    assert list(tried) == search.LINES and len(set(tried.values())) == len(tried)
     assert tried[chosen] == min(tried.values()) and f"--layer_ratios {chosen} chosen" in printed
     slope = float(chosen.partition(":")[2])
     assert results["layer_ratios"]["2"] - results["layer_ratios"]["0"] == pytest.approx(slope)
-    assert results["phases"]["choose layer_ratios"]["seconds"] > 0
+    assert results["phases"]["search layer_ratios"]["seconds"] > 0
 
     card = (tmp_path / "line" / "README.md").read_text()
     assert chosen in card and "calibration text left out" in card and "text.jsonl" in card
@@ -96,16 +98,16 @@ def test_a_value_that_fails_is_not_chosen(command, tmp_path, monkeypatch, caplog
     prune, perplexity = pruning.prune, pruning.perplexity
     slopes = []
 
-    def failing(decoder, windows, *, sparsity, measured, **how):
-        shares = [sparsity[i]["mlp.up_proj"].ratio if i in sparsity else 0.0 for i in (0, 2)]
+    def failing(decoder, windows, settings, **how):
+        shares = [settings.targets[i]["mlp.up_proj"].ratio if i in settings.targets else 0.0 for i in (0, 2)]
         slopes.append(round(shares[1] - shares[0], 2))
-        measured(7, {"trial": (len(slopes), 0.0)})
-        if slopes[-1] == 0.15:
-            raise NotFinite("model.layers.0.mlp.up_proj: scores or updated weights are not finite")
-        return prune(decoder, windows, sparsity=sparsity, measured=measured, **how)
+        for block in prune(decoder, windows, settings, **how):
+            yield replace(block, errors=block.errors | {"trial": (len(slopes), 0.0)})
+            if slopes[-1] == 0.15:
+                raise NotFinite("model.layers.0.mlp.up_proj: scores or updated weights are not finite")
 
     def measured(decoder, windows, **how):
-        failed = len(windows) == pruning.HELD_OUT and slopes[-1] == 0
+        failed = len(windows) == search.LEAST_HELD_OUT and slopes[-1] == 0
         return float("nan") if failed else perplexity(decoder, windows, **how)
 
     monkeypatch.setattr(pruning, "prune", failing)
@@ -115,8 +117,11 @@ def test_a_value_that_fails_is_not_chosen(command, tmp_path, monkeypatch, caplog
     tried = results["tried"]["layer_ratios"]
     assert (tried["line:0"], tried["line:0.15"]) == ("nan", "inf") and "line:0.15: model.layers.0" in caplog.text
     assert results["chosen"]["layer_ratios"] not in ("line:0", "line:0.15")
-    assert results["errors_by_block"]["7"]["linears"]["trial"]["masked"] == len(slopes)
-    assert results["errors_by_block"].keys() - {"7"} == {i for i, share in results["layer_ratios"].items() if share}
+    errors = results["errors_by_block"]
+    assert {block["linears"].pop("trial")["masked"] for block in errors.values()} == {len(slopes)}
+    assert {i for i, block in errors.items() if block["linears"]} == {
+        i for i, share in results["layer_ratios"].items() if share
+    }
 
 
 def test_what_no_other_value_would_mend_ends_the_run_at_once(command, monkeypatch):
@@ -125,7 +130,7 @@ def test_what_no_other_value_would_mend_ends_the_run_at_once(command, monkeypatc
 
     def damaged(*given, **how):
         calls.append(given)
-        raise ValueError("block_0.safetensors is corrupted")
+        raise InvalidInput("block_0.safetensors is corrupted")
 
     monkeypatch.setattr(pruning, "prune", damaged)
     with pytest.raises(ValueError, match="corrupted"):

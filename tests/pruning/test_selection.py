@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_decoder
 
 from lib.pruning.masks import Sparsity
-from lib.pruning.selection import read_ratios, select, total_ratio
+from lib.pruning.targets import read_ratios, select, total_ratio
 
 HALF = Sparsity(0.5)
 

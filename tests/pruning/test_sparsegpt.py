@@ -5,7 +5,8 @@ import torch
 from conftest import DEVICE
 
 from lib.pruning.masks import Sparsity
-from lib.pruning.sparsegpt import ExactHessian, Hessian, solve
+from lib.pruning.statistics import ExactHessian, Hessian
+from lib.pruning.updates.sparsegpt import solve
 
 
 def inputs(width: int = 24, seed: int = 0) -> torch.Tensor:
@@ -17,7 +18,7 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     accumulated = Hessian(x.shape[-1], x.device)
     for sample in x:
         accumulated.add(sample[None])
-    return accumulated.result(len(x))
+    return accumulated.result(len(x)).hessian
 
 
 DAMPING = 0.01

@@ -5,18 +5,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import DEVICE, free_port, random_windows, tiny_decoder, tiny_model
+from conftest import DEVICE, free_port, prune_model, random_windows, tiny_decoder, tiny_model
 from test_prune import gradient_of
 
 from lib import parallel
 from lib.models import loading
-from lib.pruning import update
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row
 from lib.pruning.methods import METHODS
-from lib.pruning.prune import prune, share_of_zeros
-from lib.pruning.reconstruction import relative_error
-from lib.pruning.selection import select
-from lib.pruning.update import RECIPES, Recipe
+from lib.pruning.outcome import share_of_zeros
+from lib.pruning.statistics import Inputs
+from lib.pruning.targets import select
+from lib.pruning.updates.recipe import RECIPES, Recipe, relative_errors, shares, solve
+from lib.pruning.updates.reconstruction import relative_error
 
 PATTERNS = ["unstructured", "2:4", "4:8"]
 
@@ -25,7 +25,7 @@ def pruned(recipe: Recipe, method="wanda", pattern="2:4", decoder=None, windows=
     decoder = decoder or tiny_decoder()
     windows = random_windows(16) if windows is None else windows
     sparsity = Sparsity.parse(pattern, 0.5 if pattern == "unstructured" else None)
-    zeros = prune(
+    zeros = prune_model(
         decoder,
         windows,
         method=method,
@@ -65,7 +65,7 @@ def test_every_method_and_pattern_keeps_its_sparsity(method, pattern, recipe):
             if pattern != "unstructured":
                 n, m = map(int, pattern.split(":"))
                 assert ((linear.weight == 0).view(-1, m).sum(1) == n).all(), name
-            elif METHODS[method].group == "row" and METHODS[method].score:
+            elif METHODS[method].group == "row" and not METHODS[method].solver:
                 assert ((linear.weight == 0).sum(1) == linear.in_features // 2).all(), name
 
 
@@ -127,7 +127,7 @@ def test_reconstruction_that_only_harms_is_dropped():
 def test_reconstruction_of_a_part_leaves_the_rest_alone():
     decoder, dense = tiny_decoder(), tiny_decoder()
     targets = select(decoder, Sparsity.parse("2:4"), include=["*.up_proj"], layer=1)
-    prune(decoder, random_windows(16), method="wanda", sparsity=targets, recipe=Recipe("lsq", 2, 2, 0.02))
+    prune_model(decoder, random_windows(16), method="wanda", sparsity=targets, recipe=Recipe("lsq", 2, 2, 0.02))
     changed = [
         name
         for (name, a), b in zip(decoder.model.named_parameters(), dense.model.parameters(), strict=True)
@@ -197,14 +197,14 @@ def test_errors_are_good_to_two_digits_in_every_dtype(dtype):
     x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) * 30 + 10  # float16 could not hold this Hessian
     w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     v = (1.1 * w).masked_fill(w.abs() < 0.5, 0)
-    found = update.relative_errors(w, v, x.T @ x)
+    found = relative_errors(w, v, x.T @ x)
     outputs = [((x.double() @ d.double().T) ** 2).sum() for d in (w, w.masked_fill(v != 0, 0), w.double() - v.double())]
     assert found.tolist() == pytest.approx([(error / outputs[0]).item() for error in outputs[1:]], rel=0.01)
 
 
 def test_stages_remove_what_they_should():
-    assert update.shares(1) == [1]
-    assert update.shares(2) == [0.875, 1]
+    assert shares(1) == [1]
+    assert shares(2) == [0.875, 1]
     score = torch.rand(8, 16)
     for mask in (per_row(score, 0.5), n_of_m(score, 2, 4)):
         part = lowest_of(mask, score, 0.5)
@@ -222,8 +222,8 @@ def test_stages_ask_for_more_and_more_of_weights_that_were_updated():
 
     x = torch.randn(64, 16) @ torch.randn(16, 16)
     weight = torch.randn(8, 16)
-    update.solve(weight, x.T @ x, choose, Recipe("lsq", 3))
-    assert [share for share, _ in asked] == update.shares(3)
+    solve(weight, Inputs(x.square().sum(dim=0).sqrt(), x.T @ x), choose, Recipe("lsq", 3))
+    assert [share for share, _ in asked] == shares(3)
     assert torch.equal(asked[0][1], weight)
     assert not any(torch.equal(seen, before) for (_, before), (_, seen) in pairwise(asked))
 
@@ -243,7 +243,7 @@ def test_a_weight_beyond_its_dtype_is_named():
     with torch.no_grad():
         linear.weight.fill_(60000.0)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.o_proj: .*not finite.*--dtype"):
-        prune(decoder, random_windows(16), method="magnitude", sparsity=Sparsity.parse("2:4"), recipe=Recipe("lsq"))
+        prune_model(decoder, random_windows(16), method="magnitude", sparsity=Sparsity.parse("2:4"), recipe=Recipe("lsq"))
 
 
 def of_one_rank(rank, world, port, folder):

@@ -1,0 +1,83 @@
+"""Where a model is on this machine: its own folder, or one in the hub's cache that its files are fetched to."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from lib.errors import InvalidInput, MissingInput
+from lib.models.files import hub
+from lib.models.files.checkpoint import WEIGHT_FILES
+
+LOGIN = "log in with `hf auth login`"
+
+
+def check_name(name: str, revision: str | None = None) -> None:
+    """Raise FileNotFoundError or ValueError, before anything is asked of the hub, if `name` cannot be a model.
+
+    It is a folder, which has no revision, or else a name on the hub: OWNER/NAME.
+    """
+    folder = Path(name)
+    if name and folder.is_dir():
+        if revision is not None:
+            raise InvalidInput(f"--revision {revision} is of a model on the hub, and {name} is a folder: leave it out")
+    elif folder.is_file():
+        raise InvalidInput(f"{name} is a file: give the folder that it is in, with {CONFIG_NAME} and safetensors beside it")
+    elif not name or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise MissingInput(
+            f"{name or repr(name)} is not a folder, and cannot be a model on the hub: those are called OWNER/NAME"
+        )
+
+
+def folder(name: str, *, revision: str | None = None, cache_dir: str | None = None, weights: bool = False) -> str:
+    """The folder of a model: `name` itself, or its snapshot in the hub's cache, with its weights only if they are asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such model, it is not public, or it is not cached and the hub is out of
+            reach; the message says which, and what to do.
+    """
+    check_name(name, revision)
+    if Path(name).is_dir():
+        if not Path(name, CONFIG_NAME).is_file():
+            raise MissingInput(f"{name} has no {CONFIG_NAME}, so it is no model: give a folder that save_pretrained wrote")
+        return name
+    hub.reachable()
+    try:
+        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, ignore_patterns=list(WEIGHT_FILES))
+        for wanted in _weight_files(Path(found)) if weights else ():
+            snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
+            if Path(found, wanted[0]).is_file():
+                break
+    except HFValidationError as error:
+        raise InvalidInput(f"{name!r} is neither a folder nor a name on the hub, OWNER/NAME: check it") from error
+    except GatedRepoError as error:
+        raise InvalidInput(f"{name} is given to those who asked for it: ask at {hub.page(name)}, then {LOGIN}") from error
+    except RepositoryNotFoundError as error:
+        raise MissingInput(f"the hub has no model {name}, or not for everyone: check the name, or {LOGIN}") from error
+    except RevisionNotFoundError as error:
+        raise InvalidInput(f"{name} has no revision {revision}: see {hub.page(name)}/commits") from error
+    except LocalEntryNotFoundError as error:
+        which = f"{name} (revision {revision})" if revision else name
+        raise MissingInput(
+            f"{which} is no folder here and not in the hub's cache, and {hub.why_not()}: give --model a folder, or connect"
+        ) from error
+    if not Path(found, CONFIG_NAME).is_file():
+        raise MissingInput(f"{name} has no {CONFIG_NAME} (in {found}): it is no model, or was fetched only in part")
+    return found
+
+
+def _weight_files(found: Path) -> Iterator[list[str]]:
+    """The files that transformers would load, in the order in which it looks for them: only the first that exist are fetched."""
+    for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+        yield [single]
+        if (found / index).is_file():
+            yield sorted(set(json.loads((found / index).read_text())["weight_map"].values()))

@@ -1,0 +1,73 @@
+"""A run's results (results.json) as tables: Markdown, in columns, for the terminal and for the model card."""
+
+from collections.abc import Iterable, Sequence
+
+UNITS = {"seconds": "seconds", "peak_host_gb": "host GB", "peak_gpu_gb": "GPU GB"}  # of a phase's record
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(header))]
+    rule = ["-" * width if k == 0 else "-" * (width - 1) + ":" for k, width in enumerate(widths)]
+    return "\n".join(
+        f"| {' | '.join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(zip(line, widths, strict=True)))} |"
+        for line in [lines[0], rule, *lines[1:]]
+    )
+
+
+def perplexities(results: dict) -> str:
+    """A row for each text."""
+    length = results["flags"]["seq_length"]
+    rows = [
+        [entry["dataset"], f"{entry['windows']} x {length}", f"{entry['dense']:.4f}", f"{entry['pruned']:.4f}"]
+        for entry in results.get("perplexities", [results["perplexity"]])
+    ]
+    return table(["perplexity on", "windows", "dense", "pruned"], rows)
+
+
+def zero_shot(results: dict) -> str:
+    """A row for each task and metric, with standard errors where the harness has them, and the mean accuracy."""
+    scored = results["zero_shot"]
+    last = scored["pruned"]
+    rows = []
+    for task, entry in last["tasks"].items():
+        for metric in entry:
+            if not metric.endswith("_stderr") and f"{metric}_stderr" in entry:
+                values = [_with_error(one["tasks"][task], metric) for one in scored.values()]
+                rows.append([task, metric, str(entry["num_fewshot"]), str(entry["documents"]), *values])
+    if last["mean"] is not None:
+        rows.append(["mean", "acc", "", "", *(f"{one['mean']:.4f}" for one in scored.values())])
+    return table([f"lm_eval {last['harness']}", "metric", "shots", "questions", *scored], rows)
+
+
+def phases(results: dict) -> str:
+    """Seconds and peak memory of each phase."""
+    record = results["phases"]
+    units = [unit for unit in UNITS if any(unit in entry for entry in record.values())]
+    rows = [[name, *(f"{entry[unit]:.2f}" if unit in entry else "" for unit in units)] for name, entry in record.items()]
+    return table(["phase", *(UNITS[unit] for unit in units)], rows)
+
+
+def summary(results: dict, saved: Sequence[str]) -> str:
+    """All of it, and which files there are now."""
+    parts = [perplexities(results), phases(results)]
+    if "zero_shot" in results:
+        parts.insert(1, zero_shot(results))
+    asked = f"sparsity {results['sparsity']:.4f} of the linears, {results['sparsity_asked']:.4f} asked for"
+    return "\n\n".join([*parts, "\n".join([asked, *saved])])
+
+
+def last_lines(results: dict, text: str, saved: Sequence[str]) -> str:
+    """What a run ends with; `text` is what its first perplexity was measured on."""
+    measured = results["perplexity"]
+    lines = [perplexities(results)] if "perplexities" in results else []
+    lines += [zero_shot(results)] if "zero_shot" in results else []
+    lines.append(f"sparsity {results['sparsity']:.4f}")
+    lines.append(f"pruned perplexity {measured['pruned']:.4f} (dense {measured['dense']:.4f}) {text}")
+    return "\n".join([*lines, *saved])
+
+
+def _with_error(entry: dict, metric: str) -> str:
+    error = entry[f"{metric}_stderr"]
+    return f"{entry[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
