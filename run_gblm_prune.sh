@@ -24,7 +24,10 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
     value=${arguments[i]#*=}
     [ "$value" != "${arguments[i]}" ] || value=${arguments[i + 1]:-}
     case $flag in
-        --nsamples | --seq_length | --seed | --dataset | --text_column | --bos | --data_dir | --cache_dir | --revision | --dtype | --device | --memory | --activation_memory) common+=("$flag" "$value") ;;
+        --nsamples | --seq_length | --seed | --cache_dir | --revision | --dtype | --device | --dataset | --text_column | --bos | \
+            --data_dir | --memory | --activation_memory)
+            common+=("$flag" "$value")
+            ;;
         --model) MODEL=$value ;;
         --pack | --trust_remote_code) common+=("$flag") ;;
         --prune_method) method=$value ;;
@@ -49,10 +52,11 @@ fi
 using=()
 if [ "$needs_gradients" = yes ]; then
     if [ ! -f "$gradients/index.json" ]; then
-        MODEL=$MODEL LLAMA_VERSION=$LLAMA_VERSION bash run_grad_compute.sh "${common[@]}"
+        MODEL=$MODEL LLAMA_VERSION=$LLAMA_VERSION bash run_grad_compute.sh ${common[@]+"${common[@]}"}
     fi
     using=(--gradient_path "$gradients")
 fi
 save=${save:-out/$name-$method$recipe-${pattern/:/-}}
-python main.py --model "$MODEL" --prune_method gblm "${ratio[@]}" "${using[@]}" "${size[@]}" \
-    --save "$save" --save_model "$save/model" "$@"
+# Without the + an empty array is an unset variable to bash 3.2, which macOS has.
+python main.py --model "$MODEL" --prune_method gblm ${ratio[@]+"${ratio[@]}"} ${using[@]+"${using[@]}"} \
+    ${size[@]+"${size[@]}"} --save "$save" --save_model "$save/model" "$@"

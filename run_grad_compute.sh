@@ -12,4 +12,4 @@ if [ "$MODEL" = demo/SmolLM2-135M-Instruct ]; then
     python scripts/fetch_demo.py
     size=(--dataset demo/calibration.jsonl --nsamples 16 --seq_length 512) # minutes on two cores; the paper uses 128 x 2048 of C4
 fi
-python gradient_computation.py --model "$MODEL" --llama_version "$LLAMA_VERSION" "${size[@]}" "$@"
+python gradient_computation.py --model "$MODEL" --llama_version "$LLAMA_VERSION" ${size[@]+"${size[@]}"} "$@"

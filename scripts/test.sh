@@ -6,7 +6,7 @@ source scripts/environment.sh
 
 ruff check .
 ruff format --check .
-for script in *.sh scripts/*.sh .ci/run; do bash -n "$script"; done
+for script in *.sh scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 python -m pytest -m "not slow" -n 2
 if [ "${1:-}" != --fast ]; then
     python scripts/fetch_demo.py

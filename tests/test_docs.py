@@ -27,7 +27,7 @@ from conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "install.md", ROOT / "MODEL_ZOO.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [ROOT / "main.py", ROOT / "gradient_computation.py", *sorted((ROOT / "scripts").rglob("*.py"))]
 NO_LAUNCHERS = ("environment.sh", "test.sh", "gpu_check.sh")
-LAUNCHERS = [*sorted(ROOT.glob("*.sh")), *sorted(p for p in (ROOT / "scripts").glob("*.sh") if p.name not in NO_LAUNCHERS)]
+LAUNCHERS = [*sorted(ROOT.glob("*.sh")), *sorted(p for p in (ROOT / "scripts").rglob("*.sh") if p.name not in NO_LAUNCHERS)]
 LONGEST = 110  # characters of a line that is not a row of a table
 HELP_WIDTH = 80
 
@@ -302,7 +302,7 @@ def written_commands() -> list[tuple[str, list[str]]]:
         found += [(name_of(page), words) for block in code for words in commands_in(block)]
     for script in SCRIPTS:
         found += [(name_of(script), words) for words in commands_in(ast.get_docstring(ast.parse(script.read_text())))]
-    for script in [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").glob("*.sh"))]:
+    for script in [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").rglob("*.sh"))]:
         comments = "\n".join(line[1:] for line in script.read_text().splitlines() if line.startswith("# "))
         found += [(name_of(script), words) for words in commands_in(comments)]
     return found

@@ -1,6 +1,9 @@
-"""The launchers of the paper's tables and of the baselines: what they would run."""
+"""The launchers: what they run or would run, and that macOS' bash can read them."""
 
+import argparse
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,6 +11,11 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from lib.cli import flags
+from lib.results.read import COMPLETE
+
+PAPER = ROOT / "scripts" / "paper"
+SHELL = [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
 MODELS = {
     "llama_7b.sh": ("huggyllama/llama-7b", 1),
     "llama_2_7b.sh": ("meta-llama/Llama-2-7b-hf", 2),
@@ -20,7 +28,7 @@ def printed(launcher, *flags, **variables) -> list[list[str]]:
     """The commands that --dry_run prints."""
     environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "TABLES", "NSAMPLES", "SAMPLES")}
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / launcher, "--dry_run", *flags], env=environment | variables, capture_output=True, text=True
+        ["bash", PAPER / launcher, "--dry_run", *flags], env=environment | variables, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
@@ -90,20 +98,138 @@ def test_flags_go_to_both_commands_and_those_behind_dashes_to_one():
         assert value_of(words, "--eval_dataset") == ("demo/evaluation.jsonl" if words[1] == "main.py" else None)
 
 
-def test_what_is_finished_is_left_out(tmp_path):
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    before = printed(tmp_path / "scripts" / "smollm2.sh", TABLES="methods")
-    done = tmp_path / value_of(before[0], "--save") / "log.txt"
-    done.parent.mkdir(parents=True)
-    done.touch()
-    assert printed(tmp_path / "scripts" / "smollm2.sh", TABLES="methods") == before[1:]
+def test_what_is_complete_is_left_out_and_what_was_interrupted_is_repeated(tmp_path):
+    shutil.copytree(PAPER, tmp_path / "scripts" / "paper")
+    launcher = tmp_path / "scripts" / "paper" / "smollm2.sh"
+    before = printed(launcher, TABLES="methods")
+    folder = tmp_path / value_of(before[0], "--save")
+    folder.mkdir(parents=True)
+    (folder / "log.txt").touch()
+    assert printed(launcher, TABLES="methods") == before
+    for status in ("pruned; the zero-shot tasks are being scored", COMPLETE):
+        (folder / "results.json").write_text(json.dumps({"status": status, "flags": {}}, indent=2))
+        assert printed(launcher, TABLES="methods") == (before[1:] if status == COMPLETE else before)
+
+
+def test_finished_gradients_are_used_again(tmp_path):
+    shutil.copytree(PAPER, tmp_path / "scripts" / "paper")
+    launcher = tmp_path / "scripts" / "paper" / "smollm2.sh"
+    before = printed(launcher, TABLES="alpha")
+    folder = tmp_path / value_of(before[1], "--gradient_path")
+    folder.mkdir(parents=True)
+    assert printed(launcher, TABLES="alpha") == before
+    (folder / "index.json").touch()
+    assert before[0][1] == "gradient_computation.py" and printed(launcher, TABLES="alpha") == before[1:]
 
 
 def test_an_unknown_table_is_refused():
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / "llama_7b.sh", "--dry_run"],
+        ["bash", PAPER / "llama_7b.sh", "--dry_run"],
         env=os.environ | {"TABLES": "all"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2 and "table all is none of methods" in done.stderr
+
+
+def called(folder, *words) -> list[list[str]]:
+    """How a launcher calls `python`: here one that only tells how."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts", dirs_exist_ok=True)
+    for launcher in ROOT.glob("*.sh"):
+        shutil.copy(launcher, folder)
+    calls, python = folder / "calls", folder / "python"
+    calls.unlink(missing_ok=True)
+    python.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$(printf '%q ' \"$@\")\" >> {shlex.quote(str(calls))}\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": "one"}
+    environment = {name: value for name, value in environment.items() if name not in ("MODEL", "LLAMA_VERSION")}
+    subprocess.run(["bash", *words], cwd=folder, env=environment, check=True)
+    return [shlex.split(line) for line in calls.read_text().splitlines()]
+
+
+def shared_flags() -> list[argparse.Action]:
+    parser, groups = flags.parser_of("")
+    flags.add_common_flags(groups)
+    flags.add_memory_flags(groups)
+    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+@pytest.mark.parametrize("form", ["--flag value", "--flag=value"])
+def test_every_flag_that_the_commands_share_reaches_both(form, tmp_path):
+    given, takes_value = [], {}
+    for number, action in enumerate(shared_flags()):
+        (flag,) = action.option_strings
+        takes_value[flag] = value = None if action.nargs == 0 else f"a value {number}"
+        given += [flag] if value is None else [flag, value] if form == "--flag value" else [f"{flag}={value}"]
+    compute, prune = called(tmp_path, "run_gblm_prune.sh", *given, "--force")
+    assert compute[0] == "gradient_computation.py" and prune[0] == "main.py"
+    assert prune[-len(given) - 1 :] == [*given, "--force"] and "--force" not in compute
+    for flag, value in takes_value.items():
+        assert flag in compute and (value is None or value_of(compute, flag) == value), flag
+
+
+def test_a_run_without_gradients_needs_none(tmp_path):
+    ((program, *words),) = called(
+        tmp_path, "run_gblm_prune.sh", "--model", "m", "--prune_method", "wanda", "--sparsity_type", "2:4"
+    )
+    assert program == "main.py" and "--gradient_path" not in words and "--sparsity_ratio" not in words
+
+
+# What bash 3.2 does not have, which macOS comes with.
+NEWER = {
+    "associative array": r"\b(declare|local|typeset)\s+-\w*A",
+    "reference to a variable": r"\b(declare|local|typeset)\s+-\w*n",
+    "mapfile": r"\b(mapfile|readarray|coproc)\b",
+    "case of a value": r"\$\{\w+(\[[^]]*\])?(\^|,)",
+    "value, transformed": r"\$\{\w+(\[[^]]*\])?@",
+    "last of an array": r"\$\{\w+\[-",
+    "both outputs, appended": r"&>>",
+    "both outputs, piped": r"\|&",
+    "fall through in case": r";;?&",
+    "whether set": r"(\[|test) -v ",
+    "globstar": r"\bglobstar\b",
+    # to `set -u` an empty array is an unset variable
+    "array without a guard": r"\$\{\w+\[[@*]\]",
+}
+GUARDED = re.compile(r"""\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}""")
+
+
+def newer_than_bash_3_2(script: str) -> list[str]:
+    script = GUARDED.sub("", script)
+    return [what for what, pattern in NEWER.items() if re.search(pattern, script)]
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda script: str(script.relative_to(ROOT)))
+def test_the_bash_of_macos_can_read_it(script):
+    assert newer_than_bash_3_2(script.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("declare -A seen=()", "associative array"),
+        ("local -A seen", "associative array"),
+        ("local -n other=$1", "reference to a variable"),
+        ("mapfile -t lines < file", "mapfile"),
+        ("readarray -t lines < file", "mapfile"),
+        ('echo "${x^^}"', "case of a value"),
+        ('echo "${x,,}"', "case of a value"),
+        ('echo "${x@Q}"', "value, transformed"),
+        ('echo "${x[-1]}"', "last of an array"),
+        ("python main.py &>> log", "both outputs, appended"),
+        ("python main.py |& tee log", "both outputs, piped"),
+        ("a) echo a ;;& ", "fall through in case"),
+        ("[ -v x ]", "whether set"),
+        ("shopt -s globstar", "globstar"),
+        ('python main.py "${x[@]}"', "array without a guard"),
+        ('python main.py ${x[@]+"${y[@]}"}', "array without a guard"),
+        ('echo "${x[*]}"', "array without a guard"),
+    ],
+)
+def test_the_check_sees_what_is_too_new(line, what):
+    assert newer_than_bash_3_2(f"set -u\n{line}\n") == [what]
+
+
+def test_the_check_lets_pass_what_is_old_enough():
+    old = 'for ((i = 0; i < ${#x[@]}; i++)); do x+=("${y/:/-}" "${z%%=*}"); done; python ${x[@]+"${x[@]}"} "$@" > log 2>&1 || exit'
+    assert newer_than_bash_3_2(old) == []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's tables for LLaMA-2-13B; flags and variables are those of scripts/paper_tables.sh.
-#   bash scripts/llama_2_13b.sh --dry_run
+# The paper's tables for LLaMA-2-13B; flags and variables are those of scripts/paper/paper_tables.sh.
+#   bash scripts/paper/llama_2_13b.sh --dry_run
 set -euo pipefail
 export MODEL=${MODEL:-meta-llama/Llama-2-13b-hf} LLAMA_VERSION=2
 exec bash "$(dirname "$0")/paper_tables.sh" "$@"

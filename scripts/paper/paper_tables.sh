@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Every table of the paper for one model, as runs of both commands, results in out/NAME/; llama_2_7b.sh and so on name a model.
-#   MODEL=meta-llama/Llama-2-7b-hf bash scripts/paper_tables.sh --dry_run
+#   MODEL=meta-llama/Llama-2-7b-hf bash scripts/paper/paper_tables.sh --dry_run
 #   python scripts/collect_results.py out/
 # --dry_run prints the commands. TABLES chooses among them. Other flags go to both commands, those behind -- to main.py alone.
-# What is finished is left out: a series that was stopped goes on.
+# What is finished is left out, what was interrupted is repeated: a series that was stopped goes on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 MODEL=${MODEL:?is not set: a folder, or a name on the hub}
 LLAMA_VERSION=${LLAMA_VERSION:-2}
@@ -28,12 +28,23 @@ for argument in "$@"; do
     esac
 done
 
-declare -A printed=()
-run() { # a file that says it is done, and a command of Python
-    local done=$1
+finished() { # the file that says whether a command is done
+    case $1 in
+        # An interrupted run has results too. Their status tells how far it came.
+        */results.json) grep -qs '"status": "complete"' "$1" ;;
+        # A folder of gradients gets its index last.
+        *) [ -e "$1" ] ;;
+    esac
+}
+
+# A list between colons: bash 3.2, which macOS has, knows no associative arrays, and takes an empty array for an unset one.
+printed=:
+run() { # the file that says whether it is done, and a command of Python
+    local file=$1
     shift
-    if [ -e "$done" ] || [ -n "${printed[$done]:-}" ]; then return; fi
-    printed[$done]=yes
+    case $printed in *:"$file":*) return ;; esac
+    if finished "$file"; then return; fi
+    printed+=$file:
     if [ $dry_run = yes ]; then
         printf '%q ' python "$@"
         echo
@@ -46,7 +57,7 @@ gradients() { # samples, seed, norm
     local folder=gradients/$name-n$1-seed$2
     path=$folder/llama$LLAMA_VERSION/gradients_aggregrate_norm_$3_model_$name
     run "$path/index.json" gradient_computation.py --model "$MODEL" --llama_version "$LLAMA_VERSION" \
-        --nsamples "$1" --seed "$2" --norms "$3" --output_dir "$folder" "${common[@]}"
+        --nsamples "$1" --seed "$2" --norms "$3" --output_dir "$folder" ${common[@]+"${common[@]}"}
 }
 
 prune() { # method, pattern, share to remove, samples, seed, norm, alpha
@@ -59,8 +70,8 @@ prune() { # method, pattern, share to remove, samples, seed, norm, alpha
     esac
     [ -z "${7:-}" ] || using+=(--alpha "$7")
     [ "$2" != unstructured ] || using+=(--sparsity_ratio "$3")
-    run "$save/log.txt" main.py --model "$MODEL" --prune_method "$1" --sparsity_type "$2" "${using[@]}" \
-        --nsamples "$4" --seed "$5" --save "$save" "${common[@]}" "${pruning[@]}"
+    run "$save/results.json" main.py --model "$MODEL" --prune_method "$1" --sparsity_type "$2" ${using[@]+"${using[@]}"} \
+        --nsamples "$4" --seed "$5" --save "$save" ${common[@]+"${common[@]}"} ${pruning[@]+"${pruning[@]}"}
 }
 
 every_method() { # pattern, share to remove
