@@ -161,21 +161,22 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_figures_of_the_readme_are_the_model_zoos():
-    published, updates = (ROOT / "README.md").read_text().split("\n## Results")[1].split("\n## ")[0].split("### Beyond")
+    results = (ROOT / "README.md").read_text().split("\n## Results")[1].split("\n## ")[0]
     zoo = (ROOT / "MODEL_ZOO.md").read_text()
-    rows = cells(zoo.split("With seed 0:")[1].split("Three draws")[0])[2:]
-    measured = {(method, pattern): found for pattern, method, alpha, found, *_ in rows if alpha in ("", "100")}
-    assert f"dense {measured['dense', '']}" in published
-    for method, *values in cells(published)[2:]:
-        assert values == [measured[method, pattern] for pattern in ("unstructured", "4:8", "2:4")]
-    rows = cells(zoo.split("### Updates")[1].split("end of table")[0])[2:]
-    measured = {(method, shares, pattern, ratio): found for pattern, ratio, method, shares, found, *_ in rows}
-    assert f"dense {measured['dense', '', '', '']}" in updates and len(cells(updates)) == 9
-    patterns = (("unstructured", "0.5"), ("unstructured", "0.7"), ("4:8", "0.5"), ("2:4", "0.5"))
-    for row in cells(updates)[2:]:
-        method, *values = row
-        method, _, shares = method.replace(", `--recipe", "").replace("`", "").partition(" --layer_ratios ")
-        assert values == [measured.get((method, shares, *place), "-") for place in patterns]
+    published = cells(zoo.split("With seed 0:")[1].split("Three draws")[0])[2:]
+    updates = cells(zoo.split("### Updates")[1].split("end of table")[0])[2:]
+    measured = {("64, 148", method, pattern): found for pattern, method, alpha, found, *_ in published if alpha in ("", "100")}
+    measured |= {
+        ("16, 16", method, pattern): found
+        for pattern, ratio, method, shares, found, *_ in updates
+        if ratio in ("", "0.5") and not shares
+    }
+    rows = cells(results)[2:]
+    assert len(rows) == 12
+    for setting, method, *values in rows:
+        method = method.replace(", `--recipe", "").replace("`", "")
+        patterns = [""] * 3 if method == "dense" else ["unstructured", "4:8", "2:4"]
+        assert values == [measured.get((setting, method, pattern), "-") for pattern in patterns], (setting, method)
 
 
 # Flags
