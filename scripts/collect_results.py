@@ -116,7 +116,7 @@ def columns_of(groups: list[list[Run]], columns: list[str] | None) -> list[str]:
         return list(dict.fromkeys(["method", "pattern", "ratio", *read.varying(runs), *measured]))
     known = {"seed", *MEASURED, *(name for run in runs for name in run.settings)}
     if unknown := [name for name in columns if name not in known]:
-        raise InvalidInput(f"--columns {unknown[0]} is none of {', '.join(sorted(known))}")
+        raise InvalidInput(f"--columns {unknown[0]} is not one of {', '.join(sorted(known))}")
     return columns
 
 

@@ -273,7 +273,7 @@ def page(found: dict[str, dict[str, tuple[str, str]]]) -> str:
         "  Wanda's masks are those of a naive restatement; read from its files block by block, a model is pruned to",
         "  the very same weights; the checkpoint has the dense one's names, and plain transformers gives the pruned",
         "  model's logits with it. The number is the share of the (tiny) blocks' weights that can be pruned: the rest",
-        "  is no matrix product, or routes tokens to experts, and stays dense.",
+        "  is not a matrix product, or routes tokens to experts, and stays dense.",
         "- *Refused*: in this one line, before any work. Encoders are, and decoders whose `labels` are not shifted by",
         '  one, for their loss is not the next token\'s: "their loss is ... that of the whole model ...".',
         "- *Not made*: what is lacking for a tiny model of it alone.",

@@ -56,7 +56,7 @@ def kept(decoder: Decoder, linear: str) -> np.ndarray:
         names |= {prefix + name: (prefix, matrix) for name, matrix in (decoder.linears(i) | decoder.routers(i)).items()}
     if linear not in names:
         raise InvalidInput(
-            f"--linear {linear} is none of the {len(names)} linears: they are called {next(iter(names))} and so on"
+            f"--linear {linear} is not one of the {len(names)} linears: they are called {next(iter(names))} and so on"
         )
     prefix, matrix = names[linear]
     tensor = decoder.source[prefix + matrix.tensor_name]

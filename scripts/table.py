@@ -151,6 +151,8 @@ def rows_of(output: Path) -> list[dict]:
     Raises:
         ValueError: the file holds something else.
     """
+    if output.is_dir():
+        raise InvalidInput(f"--output {output} is a folder: name a file in it")
     try:
         rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
         if not all("method" in row and "settings" in row for row in rows):

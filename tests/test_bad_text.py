@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_commands import COMMANDS
 
-from lib.cli import command
+from lib.cli.command import run as run_command
 
 GOOD = {"text": " ".join(["w5 w6"] * 40)}
 CHAT = [{"role": "user", "content": "w5"}]
@@ -109,22 +109,22 @@ CASES = {
     "Latin-1, compressed": ({"x.txt.gz": gzip.compress(b"caf\xe9")}, "x.txt.gz", "", "{}/x.txt.gz is not UTF-8 text, see b'caf\\xe9'"),
     "UTF-16": ({"x.txt": "w5".encode("utf-16")}, "x.txt", "", "{}/x.txt is not UTF-8 text, see b'\\xff\\xfew\\x005\\x00': convert it, perhaps with iconv -f UTF-16"),
     "compressed without saying so": ({"x.jsonl": PACKED}, "x.jsonl", "", "{}/x.jsonl is not UTF-8 text, see b'\\x1f\\x8b"),
-    "an archive cut off": ({"x.jsonl.gz": PACKED[: len(PACKED) // 2]}, "x.jsonl.gz", "", "{}/x.jsonl.gz is no gzip file, or not all of one (Compressed file ended"),
-    "no archive": ({"x.jsonl.gz": lines(GOOD)}, "x.jsonl.gz", "", "{}/x.jsonl.gz is no gzip file, or not all of one (Not a gzipped file"),
-    "a damaged archive": ({"x.txt.gz": PACKED[:400] + b"\0" * 40 + PACKED[440:]}, "x.txt.gz", "", "{}/x.txt.gz is no gzip file, or not all of one ("),
-    "a table cut off": ({"x.parquet": TABLE[:-20]}, "x.parquet", "", "{}/x.parquet is no Parquet file, or a damaged one ("),
-    "no table": ({"x.parquet": lines(GOOD)}, "x.parquet", "", "{}/x.parquet is no Parquet file, or a damaged one ("),
-    "an empty table": ({"x.parquet": b""}, "x.parquet", "", "{}/x.parquet is no Parquet file, or a damaged one ("),
-    "a damaged table": ({"x.parquet": TABLE[:4] + b"\xff" * 40 + TABLE[44:]}, "x.parquet", "", "{}/x.parquet is no Parquet file, or a damaged one ("),
+    "an archive cut off": ({"x.jsonl.gz": PACKED[: len(PACKED) // 2]}, "x.jsonl.gz", "", "{}/x.jsonl.gz is not a gzip file, or not all of one (Compressed file ended"),
+    "no archive": ({"x.jsonl.gz": lines(GOOD)}, "x.jsonl.gz", "", "{}/x.jsonl.gz is not a gzip file, or not all of one (Not a gzipped file"),
+    "a damaged archive": ({"x.txt.gz": PACKED[:400] + b"\0" * 40 + PACKED[440:]}, "x.txt.gz", "", "{}/x.txt.gz is not a gzip file, or not all of one ("),
+    "a table cut off": ({"x.parquet": TABLE[:-20]}, "x.parquet", "", "{}/x.parquet is not a Parquet file, or a damaged one ("),
+    "no table": ({"x.parquet": lines(GOOD)}, "x.parquet", "", "{}/x.parquet is not a Parquet file, or a damaged one ("),
+    "an empty table": ({"x.parquet": b""}, "x.parquet", "", "{}/x.parquet is not a Parquet file, or a damaged one ("),
+    "a damaged table": ({"x.parquet": TABLE[:4] + b"\xff" * 40 + TABLE[44:]}, "x.parquet", "", "{}/x.parquet is not a Parquet file, or a damaged one ("),
     "chats and no template": ({"x.jsonl": lines({"messages": CHAT})}, "x.jsonl", "", "the text is conversations, and the tokenizer (TokenizersBackend) has no chat template"),
     "chats of another form": (
         {"x.jsonl": lines({"messages": [{"from": "human", "value": "w5"}]})},
         "x.jsonl",
         "",
-        """line 1, column 'messages' is no conversation (['from', 'value']): give every message a "role" and a "content", both text""",
+        """line 1, column 'messages' is not a conversation (['from', 'value']): give every message a "role" and a "content", both text""",
     ),
     "a chat without content": ({"x.jsonl": lines({"messages": [*CHAT, {"role": "user", "content": None}]})}, "x.jsonl", "", "line 1, column 'messages' is no conversation"),
-    "an empty chat": ({"x.jsonl": lines({"messages": []})}, "x.jsonl", "", "line 1, column 'messages' is no conversation (no messages)"),
+    "an empty chat": ({"x.jsonl": lines({"messages": []})}, "x.jsonl", "", "line 1, column 'messages' is not a conversation (no messages)"),
     "documents too short": ({"x.jsonl": lines({"text": "w5 w6 w7"}, {"text": ""})}, "x.jsonl", "", "none of the 2 documents has more than 16 tokens (the longest has 3): use --seq_length 2"),
     "documents of nothing": ({"x.jsonl": lines({"text": " "}, {"text": ""})}, "x.jsonl", "", "none of the 2 documents has more than 16 tokens (the longest has 0): --pack to join documents"),
     "not enough to pack": ({"x.jsonl": lines({"text": "w5 w6"})}, "x.jsonl", "--pack", "all 1 documents packed hold 3 tokens, fewer than 4 windows of 16: use a shorter"),
@@ -146,7 +146,7 @@ def command_line(monkeypatch, script: str, arguments: list[str]) -> tuple[int, s
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            command.run(COMMANDS[script].parse, COMMANDS[script].main)
+            run_command(COMMANDS[script].parse, COMMANDS[script].main)
             status = 0
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1

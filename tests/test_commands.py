@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradient_computation
 import main as pruning
-from lib.cli import command
+from lib.cli.command import run as run_command
 from lib.data import sources
 from lib.gradients.folder import GradientNorms
 from lib.models import loading
@@ -253,9 +253,9 @@ def test_what_is_refused_ends_in_one_line_and_other_errors_keep_their_traceback(
         json.loads("{")  # a ValueError, of another library
 
     with pytest.raises(SystemExit, match=r"error: dataset file nothing\.txt does not exist"):
-        command.run(lambda: None, refused)
+        run_command(lambda: None, refused)
     with pytest.raises(json.JSONDecodeError):
-        command.run(lambda: None, broken)
+        run_command(lambda: None, broken)
 
 
 def test_windows_in_batches_give_the_same_perplexity(flags, text, tmp_path):
@@ -404,7 +404,7 @@ def test_flags_without_effect_are_accepted_with_a_warning(flags, text, caplog):
         ("--prune_method wanda --sparsity_type 2:4 --use_variant", "choose one"),
         ("--prune_method wanda --sparsity_ratio 0.5 --dataset nothing.txt", "nothing.txt does not exist"),
         ("--prune_method wanda --sparsity_ratio 0.5 --device cuda:77", "--device cpu"),
-        ("--prune_method wanda --sparsity_ratio 0.5 --device gpu", "none of auto, cpu, cuda and cuda:N"),
+        ("--prune_method wanda --sparsity_ratio 0.5 --device gpu", "not one of auto, cpu, cuda and cuda:N"),
         ("--prune_method wanda --sparsity_ratio 0.5 --model ./nothing", "./nothing is not a folder"),
         ("--prune_method wanda --sparsity_ratio 0.5 --nsamples 0", "not above 0"),
         ("--prune_method wanda --sparsity_ratio 0.5 --layer_no -2", "neither a block nor -1"),

@@ -19,6 +19,7 @@ from lib.data.sources import documents
 from lib.data.windows import calibration_windows, evaluation_tokens, windows_of
 from lib.evaluation.perplexity import perplexity
 from lib.models import loading
+from lib.models.tokenizer import load_tokenizer
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import METHODS
 
@@ -29,13 +30,13 @@ N, T = 4, 512
 @pytest.fixture(scope="module")
 def windows():
     docs = documents(str(ROOT / "demo" / "calibration.jsonl"))
-    return calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
+    return calibration_windows(docs, load_tokenizer(str(DEMO)), N, T, seed=0)
 
 
 @pytest.fixture(scope="module")
 def evaluation():
     docs = documents(str(ROOT / "demo" / "evaluation.jsonl"))
-    return windows_of(evaluation_tokens(docs, loading.load_tokenizer(str(DEMO))), T)[:12]
+    return windows_of(evaluation_tokens(docs, load_tokenizer(str(DEMO))), T)[:12]
 
 
 @pytest.fixture(scope="module")

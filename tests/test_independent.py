@@ -13,6 +13,7 @@ from torch import nn
 from lib.data.sources import documents
 from lib.data.windows import calibration_windows
 from lib.models import loading
+from lib.models.tokenizer import load_tokenizer
 from lib.pruning import scores
 from lib.pruning.masks import Sparsity, mask_of
 from lib.pruning.statistics import ActivationNorm, Hessian, observe
@@ -57,7 +58,7 @@ def compressed(unpacked):
 def entered():
     """The demo model and N samples before its first block."""
     docs = documents(str(ROOT / "demo" / "calibration.jsonl"))
-    windows = calibration_windows(docs, loading.load_tokenizer(str(DEMO)), N, T, seed=0)
+    windows = calibration_windows(docs, load_tokenizer(str(DEMO)), N, T, seed=0)
     decoder = loading.load(str(DEMO), dtype="float32", device="cpu")
     return decoder, decoder.enter_all(windows)
 

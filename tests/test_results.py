@@ -140,13 +140,13 @@ def test_earlier_results_are_pointed_out_before_they_are_replaced(wanda, tmp_pat
     caplog.set_level(logging.INFO)
     wanda += ["--save_model", tmp_path / "model"]
     pruned(*wanda)
-    assert "is replaced" not in caplog.text
+    assert "overwritten" not in caplog.text
     pruned(*wanda)
-    assert f"the result in {tmp_path}/out/results.json, of a run with the same settings, is replaced" in caplog.text
+    assert f"the result in {tmp_path}/out/results.json, of a run with the same settings, will be overwritten" in caplog.text
     caplog.clear()
     pruned(*wanda, "--sparsity_ratio", 0.25, "--seed", 3)
     assert "sparsity_ratio was 0.5 and is now 0.25" in caplog.text and "seed was 0 and is now 3" in caplog.text
-    assert f"the earlier pruned checkpoint in {tmp_path}/model is replaced" in caplog.text
+    assert f"the pruned checkpoint in {tmp_path}/model will be overwritten" in caplog.text
     assert "nsamples" not in caplog.text and "weights was" not in caplog.text
     caplog.clear()
     change_a_weight(tmp_path / "tiny")
@@ -159,9 +159,9 @@ def test_earlier_gradients_are_pointed_out_before_they_are_replaced(flags, tmp_p
     caplog.set_level(logging.INFO)
     flags += ["--output_dir", tmp_path, "--norms", "l2"]
     computed(*flags)
-    assert "replaced" not in caplog.text
+    assert "overwritten" not in caplog.text
     computed(*flags)
-    assert "of a run with the same settings, is replaced when this run has its own" in caplog.text
+    assert "of a run with the same settings, will be overwritten when this run finishes" in caplog.text
     caplog.clear()
     shutil.copytree(tmp_path / "tiny", tmp_path / "elsewhere" / "tiny")
     change_a_weight(tmp_path / "elsewhere" / "tiny")
@@ -181,14 +181,14 @@ def test_earlier_results_that_do_not_tell_what_made_them(wanda, flags, tmp_path,
     pruned(*wanda)
     computed(*flags, "--output_dir", tmp_path, "--norms", "l2")
     for path in (tmp_path / "out" / "log.txt", folder):
-        assert f"{path}, which does not tell what made it, is replaced" in caplog.text
+        assert f"{path}, which does not tell what made it, will be overwritten" in caplog.text
     caplog.clear()
     (tmp_path / "out" / "results.json").write_text("{")
     (folder / "index.json").write_text("{")
     pruned(*wanda)
     computed(*flags, "--output_dir", tmp_path, "--norms", "l2")
     for path in (tmp_path / "out" / "results.json", tmp_path / "out" / "log.txt", folder):
-        assert f"{path}, which does not tell what made it, is replaced" in caplog.text
+        assert f"{path}, which does not tell what made it, will be overwritten" in caplog.text
 
 
 def test_unfinished_sums_are_not_deleted_in_silence(flags, tmp_path, caplog, monkeypatch):

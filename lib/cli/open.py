@@ -15,8 +15,10 @@ from lib.data.windows import windows_of
 from lib.errors import InvalidInput
 from lib.gradients.folder import GradientNorms
 from lib.models import loading, memory
+from lib.models.config import needs_bos, positions
 from lib.models.decoder import Decoder
 from lib.models.files import fetch
+from lib.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +42,13 @@ def open_model(args: argparse.Namespace) -> Outline:
     """The model's outline, its tokenizer, and where it is on this machine, as yet without its weights.
 
     Raises:
-        Refusal: see `fetch.folder`, `loading.outline`, `loading.load_tokenizer`; a window that is longer than the model's
+        Refusal: see `fetch.folder`, `loading.outline`, `load_tokenizer`; a window that is longer than the model's
             positions; BOS before every window, and the tokenizer has none.
     """
     folder = fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir)
     decoder = loading.outline(folder, trust_remote_code=args.trust_remote_code)
     _check_length(args, decoder)
-    tokenizer = loading.load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
     return Outline(decoder, tokenizer, folder, _bos_of(args, decoder, tokenizer))
 
 
@@ -123,14 +125,14 @@ def compare_samples(args: argparse.Namespace, outline: Outline, gradients: Gradi
 
 def _check_length(args: argparse.Namespace, decoder: Decoder) -> None:
     """Raise InvalidInput if a window has more positions than the model; warn if the model was not trained on so many."""
-    positions, learned = loading.positions(decoder)
-    if positions is None or args.seq_length <= positions:
+    count, learned = positions(decoder)
+    if count is None or args.seq_length <= count:
         return
     if learned:
-        raise InvalidInput(f"--seq_length {args.seq_length} is beyond the {positions} positions {args.model} has: shorten it")
+        raise InvalidInput(f"--seq_length {args.seq_length} is beyond the {count} positions {args.model} has: shorten it")
     logger.warning(
         "--seq_length %d is beyond the %d positions %s was made for (max_position_embeddings): perplexity and masks suffer",
-        args.seq_length, positions, args.model,
+        args.seq_length, count, args.model,
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def _bos_of(args: argparse.Namespace, decoder: Decoder, tokenizer) -> str:
     """What --bos means for this model, "first" or "every"."""
     family, bos = decoder.model.config.model_type, args.bos
     if bos == "auto":
-        bos = "every" if loading.needs_bos(decoder) else "first"
+        bos = "every" if needs_bos(decoder) else "first"
         if bos == "every":
             logger.info("--bos every: %s models need BOS before every window", family)
     if bos == "every" and tokenizer.bos_token_id is None:

@@ -216,5 +216,7 @@ def _tell(decoder: Decoder, wanted: targets.Targets) -> None:
     if dense := checks.dense_shares(decoder):
         shown = ", ".join(f"{name} {share:.1%}" for name, share in dense.items())
         logger.info(
-            "no matrix products, or routers: %.1f %% of the blocks' weights stay dense: %s", 100 * sum(dense.values()), shown
+            "neither matrix products nor experts: %.1f %% of the blocks' weights stay dense: %s",
+            100 * sum(dense.values()),
+            shown,
         )

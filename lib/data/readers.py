@@ -60,7 +60,7 @@ def read(path: Path, column: str | None = None) -> Iterator[Document]:
             else:
                 yield from (_document(row, f"{path}, {where},", column) for where, row in _json_rows(path, file))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InvalidInput(f"{path} is no gzip file, or not all of one ({error}): fetch or compress it again") from error
+        raise InvalidInput(f"{path} is not a gzip file, or not all of one ({error}): fetch or compress it again") from error
     except UnicodeDecodeError as error:
         near = error.object[max(error.start - 20, 0) : error.start + 10]
         raise InvalidInput(f"{path} is not UTF-8 text, see {near!r}: {_encoding_remedy(path)}") from error
@@ -109,7 +109,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[Document]:
                 yield _content(value, f"{path}, row {number}, column {name!r}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise InvalidInput(f"{path} is no Parquet file, or a damaged one ({reason}): fetch or write it again") from error
+        raise InvalidInput(f"{path} is not a Parquet file, or a damaged one ({reason}): fetch or write it again") from error
 
 
 def _document(row: Any, where: str, column: str | None) -> Document:
@@ -147,14 +147,16 @@ def _content(value: Any, where: str) -> Document:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InvalidInput(f"{where} holds half of a surrogate pair, which is no text ({error}): remove the row") from error
+            raise InvalidInput(
+                f"{where} holds half of a surrogate pair, which is not text ({error}): remove the row"
+            ) from error
         return value
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         messages = [{key: part for key, part in message.items() if part is not None} for message in value]
         if messages and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
             return messages
         keys = sorted(messages[0]) if messages else "no messages"
-        raise InvalidInput(f'{where} is no conversation ({keys}): give every message a "role" and a "content", both text')
+        raise InvalidInput(f'{where} is not a conversation ({keys}): give every message a "role" and a "content", both text')
     raise InvalidInput(
         f"{where} holds {KINDS.get(type(value), type(value).__name__)} instead of text: remove such rows, or name another column "
         "with --text_column"

@@ -107,7 +107,7 @@ def _unpacked(row: dict) -> Document:
 
 
 def _files_of(source: str) -> list[Path]:
-    """The files of a source that is none of HUB's names, sorted by their names from the folder on: alike on every machine."""
+    """The files of a source that is not one of HUB's names, sorted by their names from the folder on: alike on every machine."""
     path = Path(source)
     if source and path.is_dir():
         inside = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]

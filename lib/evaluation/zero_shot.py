@@ -60,7 +60,7 @@ def load(
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"perhaps {near[0]}? " if near else ""
             raise InvalidInput(
-                f"--tasks {name} is no task of lm_eval {version('lm_eval')}: {hint}`lm_eval ls tasks` lists them"
+                f"--tasks {name} is not a task of lm_eval {version('lm_eval')}: {hint}`lm_eval ls tasks` lists them"
             )
         for task in _loaded(manager, name).values():
             count = len(task.eval_docs) if limit is None or limit < 1 else min(int(limit), len(task.eval_docs))

@@ -163,7 +163,7 @@ class GradientNorms:
                 self.index = json.loads((self.path / INDEX).read_text())
                 self.scale, self.files, self.fingerprint = (self.index[key] for key in ("scale", "files", "fingerprint"))
                 if not 0 < self.scale < math.inf:
-                    raise InvalidInput(f"scale {self.scale}")
+                    raise ValueError(f"scale {self.scale}")
             except (ValueError, KeyError, TypeError) as error:
                 raise InvalidInput(f"{self.path / INDEX} is damaged ({error!r}): restore it, or {REMEDY}") from error
         else:

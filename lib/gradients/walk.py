@@ -7,6 +7,8 @@ gradients, sums and (recomputing) graph and weights exist for one block at a tim
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,7 +32,7 @@ class InMemory(dict):
         self.missing: dict[str, int] = {}
 
     def commit(self, done: int, missing: dict[str, int]) -> None:
-        """Nothing to make durable; `work.GradientWork` does."""
+        """Nothing to make durable; `resume.GradientWork` does."""
 
     def due(self) -> bool:
         return False
@@ -58,7 +60,7 @@ def gradient_norms(
         keep_graph: which of the two.
         group: samples of a group (default: all), where the graph is not kept.
         work: keeps the sums between groups, or saves them now and then, and says how many samples they cover already:
-            `InMemory` (default) or `work.GradientWork`.
+            `InMemory` (default) or `resume.GradientWork`.
         first: number of the first window in the whole run, where this process has a share of it; for messages only.
 
     Yields:
@@ -74,42 +76,62 @@ def gradient_norms(
                 matrix.stored.requires_grad_(True)  # nothing but the blocks' matrices ever gets a gradient
     work, windows = InMemory() if work is None else work, windows.to(decoder.device)
     walk = Groups(decoder, norms, scale, keep_graph, work.missing)
-    done, writers = work.done, min(parallel.world(), parallel.local_world())
+    writers = min(parallel.world(), parallel.local_world())
     with tqdm(
         total=len(windows) * len(decoder),
-        initial=done * len(decoder),
+        initial=work.done * len(decoder),
         desc="gradients",
         unit="block",
         disable=parallel.rank() > 0 or None,
     ) as bar:
-        if keep_graph:
-            sums = dict(work)
-            for window in windows[done:]:
-                for i, block_sums in walk.group(window[None], sums, first + done):
-                    sums[i] = block_sums
-                    bar.update()
-                done += 1
-                if done < len(windows) and work.due():
-                    work.save(sums, done, walk.missing)
-            order = range(len(decoder))[::-1]
-            for start in range(0, len(order), writers):  # one for each, all added up first: nobody waits for another's writing
-                turn = order[start : start + writers]
-                added = [sums.pop(i).of_all_ranks(matrices_of(decoder, i), decoder.device, k) for k, i in enumerate(turn)]
-                if parallel.rank() < len(turn):
-                    yield turn[parallel.rank()], added[parallel.rank()]
-        else:
-            for chunk in windows[done:].split(group or len(windows)):
-                last = done + len(chunk) == len(windows)
-                for i, block_sums in walk.group(chunk, work, first + done):
-                    bar.update(len(chunk))
-                    if last:
-                        owner = (len(decoder) - 1 - i) % writers
-                        block_sums.of_all_ranks(matrices_of(decoder, i), decoder.device, owner)
-                        if owner == parallel.rank():
-                            yield i, block_sums
-                    else:
-                        work[i] = block_sums
-                done += len(chunk)
-                if not last:
-                    work.commit(done, walk.missing)
+        samples = _Samples(windows, work, first, bar)
+        yield from _graph_kept(walk, samples, writers) if keep_graph else _in_groups(walk, samples, writers, group)
     work.missing = walk.report_missing(len(windows))  # of all processes, now that this one's are no longer needed
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The windows of this process, what keeps their sums, the number of the first of them in the whole run, and a bar."""
+
+    windows: torch.Tensor
+    work: Any
+    first: int
+    bar: tqdm
+
+
+def _graph_kept(walk: Groups, samples: _Samples, writers: int) -> Iterator[tuple[int, BlockSums]]:
+    """One sample after the other through all blocks and back."""
+    decoder, work, done = walk.decoder, samples.work, samples.work.done
+    sums = dict(work)
+    for window in samples.windows[done:]:
+        for i, block_sums in walk.group(window[None], sums, samples.first + done):
+            sums[i] = block_sums
+            samples.bar.update()
+        done += 1
+        if done < len(samples.windows) and work.due():
+            work.save(sums, done, walk.missing)
+    order = range(len(decoder))[::-1]
+    for start in range(0, len(order), writers):  # one for each, all added up first: nobody waits for another's writing
+        turn = order[start : start + writers]
+        added = [sums.pop(i).of_all_ranks(matrices_of(decoder, i), decoder.device, k) for k, i in enumerate(turn)]
+        if parallel.rank() < len(turn):
+            yield turn[parallel.rank()], added[parallel.rank()]
+
+
+def _in_groups(walk: Groups, samples: _Samples, writers: int, group: int | None) -> Iterator[tuple[int, BlockSums]]:
+    """Groups of samples, each through one block after the other, forward and then back."""
+    decoder, work, done = walk.decoder, samples.work, samples.work.done
+    for chunk in samples.windows[done:].split(group or len(samples.windows)):
+        last = done + len(chunk) == len(samples.windows)
+        for i, block_sums in walk.group(chunk, work, samples.first + done):
+            samples.bar.update(len(chunk))
+            if last:
+                owner = (len(decoder) - 1 - i) % writers
+                block_sums.of_all_ranks(matrices_of(decoder, i), decoder.device, owner)
+                if owner == parallel.rank():
+                    yield i, block_sums
+            else:
+                work[i] = block_sums
+        done += len(chunk)
+        if not last:
+            work.commit(done, walk.missing)

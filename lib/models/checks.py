@@ -2,24 +2,37 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lib.errors import InvalidInput
 from lib.models.host import is_device_fault, is_out_of_memory
-from lib.models.matrices import kind_of
-
-if TYPE_CHECKING:
-    from lib.models.decoder import Decoder
+from lib.models.matrices import Matrix, kind_of
 
 MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
 TOLERANCE = {torch.float32: 1e-3}  # of a few tokens' loss, relative; in 16 bits:
 TOLERANCE_16 = 0.03
 
 
-def require_prunable(decoder: "Decoder") -> float:
+class Decoder(Protocol):
+    """What these checks look at of a `decoder.Decoder`, which makes them while it is made."""
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    prefixes: list[str]
+    source: Any
+
+    def linears(self, i: int) -> dict[str, Matrix]: ...
+    def probe(self) -> torch.Tensor: ...
+    def enter(self, tokens: torch.Tensor) -> Any: ...
+    def advance(self, i: int, states: list) -> None: ...
+    def tail(self, hidden: torch.Tensor, tokens: torch.Tensor, *, positions: int) -> tuple[torch.Tensor, Any]: ...
+    def __len__(self) -> int: ...
+
+
+def require_prunable(decoder: Decoder) -> float:
     """The share of the blocks' weights that can be pruned; ValueError if that is less than half of them."""
     prunable = total = 0
     largest = ("", torch.empty(0))
@@ -43,7 +56,7 @@ def require_prunable(decoder: "Decoder") -> float:
 
 
 @torch.no_grad()
-def require_runs_alone(decoder: "Decoder") -> None:
+def require_runs_alone(decoder: Decoder) -> None:
     """Compare a few tokens' loss of the model's forward with that of its blocks run one by one; only head and tail are
     tried of a model whose blocks are not in memory.
 
@@ -68,7 +81,7 @@ def require_runs_alone(decoder: "Decoder") -> None:
         raise InvalidInput(f"the blocks of {type(decoder.model).__name__} cannot be run one by one on text: {said}") from error
 
 
-def dense_shares(decoder: "Decoder") -> dict[str, float]:
+def dense_shares(decoder: Decoder) -> dict[str, float]:
     """{name, with "*" for numbers: share of the blocks' weights} of matrices and larger tensors that stay dense by their
     nature, the largest first."""
     shares: Counter[str] = Counter()
@@ -80,7 +93,7 @@ def dense_shares(decoder: "Decoder") -> dict[str, float]:
     return {name: count / total for name, count in shares.most_common()}
 
 
-def _parameters(decoder: "Decoder") -> Iterator[tuple[int, str, nn.Parameter, bool]]:
+def _parameters(decoder: Decoder) -> Iterator[tuple[int, str, nn.Parameter, bool]]:
     """(block, name inside it, parameter, whether it can be pruned) of all of them, those of several blocks once."""
     shared: set[str] = set()
     for i, block in enumerate(decoder.blocks):

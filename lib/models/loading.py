@@ -1,49 +1,24 @@
 """A model's name to a `Decoder`: in memory, or its blocks left in the checkpoint; on which device and in which dtype."""
 
-import json
 import logging
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    LlamaTokenizer,
-    PretrainedConfig,
-    __version__,
-)
 from transformers.utils import logging as transformers_logging
 
-from lib.errors import InvalidInput, Refusal
+from lib.errors import InvalidInput
 from lib.models import checks
+from lib.models.config import auto_class, read_config, reading
 from lib.models.decoder import Decoder
 from lib.models.files.checkpoint import Checkpoint
 from lib.models.files.conversion import ModelTensors
-from lib.models.host import is_out_of_memory, keep_memory, return_large_memory
+from lib.models.host import keep_memory, return_large_memory
 
 logger = logging.getLogger(__name__)
 
-LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
-# How a checkpoint that was published in few bits is had in 16, by its quant_method.
-DENSE = {
-    "fp8": "dequantise it first (FineGrainedFP8Config(dequantize=True) of transformers, then save_pretrained)",
-    "mxfp4": "dequantise it first (Mxfp4Config(dequantize=True) of transformers, then save_pretrained)",
-}
-LIBRARY = Path(__file__).resolve().parents[1]  # our own code
-SAID = 200  # characters of another library's message that are passed on
-TABLE_OFFSET = 2  # rows before the first position in the tables of OPT and its like
-NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,38 +68,6 @@ def load(
     return decoder
 
 
-def read_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's config.
-
-    Raises:
-        ValueError: damaged, of an unknown kind, in need of --trust_remote_code, or of a model this project cannot prune.
-    """
-    remedy = "restore it, or download the model again"
-    with reading(name, "its config.json", remedy):
-        said, _ = PretrainedConfig.get_config_dict(name)
-        kind, code = said.get("model_type"), said.get("auto_map") or {}
-    if kind not in CONFIG_MAPPING and not code:
-        known = f"which transformers {__version__} does not know: see which version does, or whether the name is right"
-        raise InvalidInput(f"{name} has the model_type {kind!r} in its config.json, {known}")
-    if kind not in CONFIG_MAPPING and not trust_remote_code:
-        raise InvalidInput(
-            f"{name} runs code of its own ({kind}, auto_map in config.json): read it, then add --trust_remote_code"
-        )
-    with reading(name, "its config.json", remedy):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if quantisation := getattr(config, "quantization_config", None):
-        method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else quantisation.quant_method
-        method = str(getattr(method, "value", method))
-        remedy = DENSE.get(method, "give the model it was made from")
-        raise InvalidInput(f"{name} is quantised ({method}): only dense weights can be pruned, {remedy}")
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    causal = any(type(config) in mapping for mapping in mappings) or "AutoModelForCausalLM" in code
-    if getattr(config, "is_encoder_decoder", False) or encoder or not causal:
-        raise InvalidInput(f"{name} is a {kind}, not a decoder that predicts the next token: only those can be pruned")
-    return config
-
-
 def outline(
     name: str,
     *,
@@ -144,12 +87,6 @@ def outline(
     ):
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return Decoder(model, torch.device(device))
-
-
-def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """What makes a model of a config: of a language model alone, or where transformers has none, in its multimodal wrapper."""
-    wrapped = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
 def on_disk(
@@ -180,40 +117,6 @@ def on_disk(
     state = decoder.model.state_dict()
     _require_shapes(name, [(key, source.shapes[key], state[key].shape) for key in saved_names(decoder)])
     return decoder
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """The model's own tokenizer.
-
-    A LLaMA checkpoint with nothing but SentencePiece's `tokenizer.model` is read as the published code read it: with BOS
-    unless its config says otherwise, whatever that calls the class (conversions of LLaMA-1 say "LLaMATokenizer", and some
-    have empty special tokens). transformers 5 alone would leave BOS out and split the first word differently.
-
-    Raises:
-        ValueError: its files are missing or damaged.
-    """
-
-    config = read_config(name, trust_remote_code=trust_remote_code)
-    with reading(name, "its tokenizer", "put the model's own files (tokenizer.json or tokenizer.model) beside its config.json"):
-        if (
-            config.model_type != "llama"
-            or not Path(name, "tokenizer.model").is_file()
-            or Path(name, "tokenizer.json").is_file()
-        ):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        else:
-            path = Path(name, "tokenizer_config.json")
-            said = json.loads(path.read_text()) if path.is_file() else {}
-            missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
-            tokenizer = LlamaTokenizer.from_pretrained(name, **missing)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise InvalidInput(f"a {type(tokenizer).__name__} without a vocabulary")
-    return tokenizer
-
-
-def needs_bos(decoder: Decoder) -> bool:
-    """Whether a model's family was trained with BOS before every text, and needs it: Gemma 1 to 4 and what derives from them."""
-    return any(family in decoder.model.config.model_type for family in NEED_BOS)
 
 
 def dense_tensors(name: str, decoder: Decoder) -> ModelTensors:
@@ -248,19 +151,6 @@ def saved_names(decoder: Decoder) -> list[str]:
     return [key for key in decoder.model.state_dict() if key not in tied]
 
 
-def positions(decoder: Decoder) -> tuple[int | None, bool]:
-    """How many positions a model was made for (None: it does not say), and whether it has a table that ends there."""
-    count = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
-    if count is None:
-        return None, False
-    tables = [*decoder.model.named_parameters(), *decoder.model.named_buffers()]
-    learned = any(
-        ("pos" in name or "wpe" in name) and tensor.ndim > 1 and count <= max(tensor.shape[:-1]) <= count + TABLE_OFFSET
-        for name, tensor in tables
-    )
-    return count, learned
-
-
 def resolve_device(device: str | torch.device) -> torch.device:
     """ "auto" is the first GPU where there is one, else the CPU.
 
@@ -272,7 +162,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise InvalidInput(f"device {device} is none of auto, cpu, cuda and cuda:N") from error
+        raise InvalidInput(f"device {device} is not one of auto, cpu, cuda and cuda:N") from error
     if resolved.type not in ("cpu", "cuda"):
         raise InvalidInput(f"device {device} is neither a CPU nor a GPU of torch.cuda: use --device cpu")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
@@ -298,22 +188,6 @@ def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def reading(name: str, what: str, remedy: str) -> Iterator[None]:
-    """What libraries raise about a model's files, in a dozen types and many lines, as one refusal of one line.
-
-    A defect of this project, and memory that does not suffice, stay what they are.
-    """
-    try:
-        yield
-    except Exception as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, Refusal) or is_out_of_memory(error) or LIBRARY in raised_in.parents:
-            raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
-        raise InvalidInput(f"{name}: {what} cannot be read ({said}): {remedy}") from error
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' table of what did not fit: that is said in one line."""
     before = transformers_logging.get_verbosity()
@@ -333,7 +207,7 @@ def _require_whole(name: str, found: dict) -> None:
             "the two do not belong together, or a file is missing; download the model again"
         )
     if unused := sorted(found["unexpected_keys"]):
-        logger.warning("%s: %d tensors are no part of the model in its config.json, such as %s", name, len(unused), unused[0])
+        logger.warning("%s: %d tensors are not part of the model in its config.json, such as %s", name, len(unused), unused[0])
 
 
 def _require_shapes(name: str, shapes: list[tuple]) -> None:

@@ -1,7 +1,7 @@
 """The weights of a block that can be pruned: matrices that inputs are multiplied with, each seen as (out, in).
 
 A matrix is the weight of a linear module, or one of a stack (E, out, in) as mixtures of experts keep theirs; either may be
-stored the other way round. What is no matrix product (convolutions, state-space parameters, norms) and what routes tokens
+stored the other way round. What is not a matrix product (convolutions, state-space parameters, norms) and what routes tokens
 to experts stays dense.
 """
 

@@ -62,8 +62,24 @@ def select(
     if not selected:
         raise InvalidInput(f"nothing is selected: --include, --exclude and --layer_no leave none of the {len(names)} linears")
 
-    own: dict[tuple[int, str], Sparsity] = {}
-    for key, ratio in (ratios or {}).items():
+    by_ratio = _by_ratio(decoder, names, ratios or {})
+    targets: Targets = {}
+    for (i, name), full in selected.items():
+        target = by_ratio.get((i, name), sparsity)
+        if target is None:
+            raise InvalidInput(f"{full} has no ratio: add --sparsity_ratio, for what --layer_ratios does not name")
+        target.check_width(full, linears[i, name].in_features)
+        if target.ratio:
+            targets.setdefault(i, {})[name] = target
+    return targets
+
+
+def _by_ratio(
+    decoder: Decoder, names: dict[tuple[int, str], str], ratios: dict[str, float | str]
+) -> dict[tuple[int, str], Sparsity]:
+    """How much of which linear `ratios` say to remove; of several that match it the last one counts."""
+    found: dict[tuple[int, str], Sparsity] = {}
+    for key, ratio in ratios.items():
         if key.isdecimal():
             if int(key) >= len(decoder):
                 raise InvalidInput(
@@ -72,17 +88,8 @@ def select(
             matching = [linear for linear in names if linear[0] == int(key)]
         else:
             matching = _matching(key, names, "--layer_ratios", decoder)
-        own |= dict.fromkeys(matching, _sparsity(ratio))
-
-    targets: Targets = {}
-    for (i, name), full in selected.items():
-        target = own.get((i, name), sparsity)
-        if target is None:
-            raise InvalidInput(f"{full} has no ratio: add --sparsity_ratio, for what --layer_ratios does not name")
-        target.check_width(full, linears[i, name].in_features)
-        if target.ratio:
-            targets.setdefault(i, {})[name] = target
-    return targets
+        found |= dict.fromkeys(matching, _sparsity(ratio))
+    return found
 
 
 def total_ratio(decoder: Decoder, targets: Targets) -> float:
@@ -111,8 +118,8 @@ def read_ratios(path: str) -> dict[str, float | str]:
     Raises:
         OSError: no such file. ValueError: not a JSON object of numbers in [0, 1), N:M patterns and "dense".
     """
-    if not Path(path).exists():
-        raise MissingInput(f"--layer_ratios {path} is no file, nor line or line:SLOPE, such as line:0.3")
+    if not Path(path).is_file():
+        raise MissingInput(f"--layer_ratios {path} is not a file, and neither line nor line:SLOPE, such as line:0.3")
     try:
         ratios = json.loads(Path(path).read_text())
     except ValueError as error:  # not JSON, or not text

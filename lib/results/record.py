@@ -129,7 +129,7 @@ def write(folder: str, results: dict, plots: bool = False) -> None:
     """Write results.json and figures into `folder`, and when the run is complete log.txt, which says so.
 
     Each has its name only when it is whole. An earlier run's log.txt goes with that run's results.json. A figure that cannot be
-    drawn is no reason to end a run.
+    drawn does not end a run.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from lib.data.sources import documents
 from lib.data.windows import calibration_windows
 from lib.gradients.walk import SCALE, gradient_norms
 from lib.models import loading
+from lib.models.tokenizer import load_tokenizer
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import PAPER_ALPHA, Settings
 from lib.pruning.prune import prune
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--seq_length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
     args = parser.parse_args()
-    docs, tokenizer = documents(args.dataset), loading.load_tokenizer(args.model)
+    docs, tokenizer = documents(args.dataset), load_tokenizer(args.model)
     windows = calibration_windows(docs, tokenizer, args.nsamples, args.seq_length, seed=0)
 
     def pruned(norms, method: str) -> list[torch.Tensor]:

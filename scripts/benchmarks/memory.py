@@ -20,8 +20,9 @@ from speed import naive_gradients
 from lib.data.sources import documents
 from lib.data.windows import calibration_windows
 from lib.models import loading
+from lib.models.tokenizer import load_tokenizer
 name, dataset, n, length = sys.argv[1:]
-windows = calibration_windows(documents(dataset), loading.load_tokenizer(name), int(n), int(length), 0)
+windows = calibration_windows(documents(dataset), load_tokenizer(name), int(n), int(length), 0)
 decoder = loading.load(name, dtype="float32", device="cpu")
 linears = {f"{i}.{key}": linear for i in range(len(decoder)) for key, linear in decoder.linears(i).items()}
 naive_gradients(decoder.model, linears, windows)

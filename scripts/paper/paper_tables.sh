@@ -106,7 +106,7 @@ for table in $TABLES; do
         norms) for norm in l1 l2; do for method in gradient gblm; do prune $method unstructured 0.5 "$NSAMPLES" 0 $norm; done; done ;;
         alpha) for alpha in $ALPHAS; do prune gblm unstructured 0.5 "$NSAMPLES" 0 l2 "$alpha"; done ;;
         *)
-            echo "paper_tables.sh: error: table $table is none of methods, sparsity, samples, seeds, norms, alpha" >&2
+            echo "paper_tables.sh: error: table $table is not one of methods, sparsity, samples, seeds, norms, alpha" >&2
             exit 2
             ;;
     esac

@@ -14,7 +14,7 @@ from lib.data import tokens
 from lib.data.sources import documents as documents_of
 from lib.data.tokens import encode, tokens_of
 from lib.data.windows import calibration_windows, evaluation_tokens
-from lib.models import loading
+from lib.models.tokenizer import load_tokenizer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "größer", "漢字", "naïve", "12345", "don't", "we'll", "x=1;"]
 
@@ -128,7 +128,7 @@ def test_long_texts_tell_how_far_they_are(made, small_pieces, monkeypatch, caplo
 
 @needs_demo
 def test_pieces_of_the_demo_models_tokenizer(small_pieces):
-    tokenizer = loading.load_tokenizer(str(DEMO))
+    tokenizer = load_tokenizer(str(DEMO))
     text = "\n\n".join(documents_of(str(ROOT / "demo" / "evaluation.jsonl")))
     whole = tokenizer(text, verbose=False)["input_ids"]
     assert tokens._in_pieces(tokenizer, text).tolist() == whole

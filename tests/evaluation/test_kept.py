@@ -8,7 +8,6 @@ from conftest import random_windows, tiny_decoder, tiny_model
 from test_commands import run
 
 import main as pruning
-from lib.cli import prune_flags
 from lib.evaluation import dense_cache
 from lib.models import loading
 
@@ -51,7 +50,7 @@ def test_a_streamed_run_reuses_a_resident_one(command, caplog):
 
 def test_a_hopeless_one_is_not_kept_and_a_cache_that_cannot_be_written_is_no_error(command, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(prune_flags, "HOPELESS", 1.0)
+    monkeypatch.setattr("lib.evaluation.perplexity.HOPELESS", 1.0)
     with pytest.raises(ValueError, match="Nothing was pruned"):
         run("main.py", *command)
     monkeypatch.undo()

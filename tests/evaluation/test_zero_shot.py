@@ -116,7 +116,7 @@ def test_the_model_and_its_tokenizer_stay_what_they_are(tmp_path, tasks, tokeniz
 
 @needs_harness
 def test_tasks_that_cannot_be_loaded_end_the_run_before_the_work(command, tmp_path, capsys):
-    with pytest.raises(ValueError, match=f"--tasks own_choice is no task of lm_eval .* perhaps {NAME}"):
+    with pytest.raises(ValueError, match=f"--tasks own_choice is not a task of lm_eval .* perhaps {NAME}"):
         run("main.py", *command, "--tasks", "own_choice")
     broken = own_task.write(tmp_path / "broken", name="lost")
     (tmp_path / "broken" / "lost.jsonl").unlink()

@@ -80,7 +80,7 @@ def server(saved_model, tmp_path):
 def fetch(endpoint: str, cache: Path, offline: bool = False, name: str = "me/tiny", **more) -> list[str]:
     """`fetch.folder` in a process of its own: the folder and the files in it, or the error."""
     code = (
-        "import sys, os; from lib.models import fetch\n"
+        "import sys, os; from lib.models.files import fetch\n"
         f"try: found = fetch.folder({name!r}, cache_dir={str(cache)!r}, **{more!r})\n"
         "except (ValueError, FileNotFoundError) as error: print(error)\n"
         "else: print(found, *sorted(os.listdir(found)), sep='\\n')"

@@ -12,6 +12,7 @@ from test_commands import run
 from transformers import AutoModelForCausalLM
 
 from lib.models import loading
+from lib.models.config import positions
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_unused_weights_are_pointed_out(saved_model, tmp_path, caplog):
     tiny_model(noise=0, num_hidden_layers=4).save_pretrained(tmp_path)
     shutil.copy(saved_model / "config.json", tmp_path)
     assert len(loading.load(str(tmp_path), device="cpu", dtype="float32")) == 3
-    assert "tensors are no part of the model in its config.json, such as model.layers.3." in caplog.text
+    assert "tensors are not part of the model in its config.json, such as model.layers.3." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -82,4 +83,4 @@ def test_unused_weights_are_pointed_out(saved_model, tmp_path, caplog):
 )
 def test_positions(family, expected, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
-    assert loading.positions(loading.outline(str(tmp_path))) == expected
+    assert positions(loading.outline(str(tmp_path))) == expected

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from lib.data import tokens
 from lib.data.sources import documents
 from lib.data.windows import calibration_windows, evaluation_tokens
-from lib.models import loading
+from lib.models.tokenizer import load_tokenizer
 
 TEXT = "the quick brown fox jumps over\n\nthe lazy dogs, größer than 12 ships"
 # What conversions of LLaMA-1 and 2 have beside tokenizer.model: the current form, nothing, a class that never existed, empty tokens.
@@ -52,13 +52,13 @@ def mistral(unpacked):
 def same_ids(model, config, tmp_path, text):
     processor = sentencepiece.SentencePieceProcessor(str(model))
     name = folder_with(tmp_path, model, config, processor.vocab_size())
-    tokenizer = loading.load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     assert len(tokenizer) == processor.vocab_size()
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     assert evaluation_tokens([text], tokenizer).tolist() == processor.encode(text, add_bos=True)
     tokenizer.save_pretrained(tmp_path / "saved")  # as --save_model does
     LlamaConfig(vocab_size=processor.vocab_size()).save_pretrained(tmp_path / "saved")
-    again = loading.load_tokenizer(str(tmp_path / "saved"))
+    again = load_tokenizer(str(tmp_path / "saved"))
     assert again(text)["input_ids"] == processor.encode(text, add_bos=True)
 
 
@@ -69,13 +69,13 @@ def test_tokenizer_model(trained, config, tmp_path):
 
 def test_a_config_without_bos_is_obeyed(trained, tmp_path):
     name = folder_with(tmp_path, trained, {**CONFIGS["llama2"], "add_bos_token": False}, 400)
-    tokenizer = loading.load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     assert evaluation_tokens([TEXT], tokenizer).tolist() == sentencepiece.SentencePieceProcessor(str(trained)).encode(TEXT)
 
 
 def test_packed_documents_start_with_bos(trained, tmp_path):
     """Every document is tokenized by itself, as the published code does it."""
-    tokenizer = loading.load_tokenizer(folder_with(tmp_path, trained, None, 400))
+    tokenizer = load_tokenizer(folder_with(tmp_path, trained, None, 400))
     packed = calibration_windows([TEXT] * 3, tokenizer, 1, 80, seed=0, pack=True)[0].tolist()
     assert packed[0] == 1 and packed[packed.index(2) + 1] == 1
 
@@ -91,7 +91,7 @@ def test_fast_tokenizers_with_bos_and_without(tokenizer, bos, tmp_path):
         special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
         content["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
     file.write_text(json.dumps(content))
-    own = loading.load_tokenizer(str(tmp_path))
+    own = load_tokenizer(str(tmp_path))
     first = [1] if bos else []
     assert evaluation_tokens(["w5 w6", "w7"], own).tolist() == [*first, 5, 6, 7]
     packed = calibration_windows(["w5 w6"] * 4, own, 1, 4 + 2 * len(first), seed=0, pack=True)[0].tolist()
@@ -108,7 +108,7 @@ def test_a_tokenizer_of_real_size(mistral, config, tmp_path, shared_data):
 @pytest.mark.slow
 def test_pieces_of_a_tokenizer_of_real_size(mistral, tmp_path, shared_data, monkeypatch):
     """Nothing splits the text before BPE here, so a token depends on all of it, in principle."""
-    tokenizer = loading.load_tokenizer(folder_with(tmp_path, mistral, None, 32000))
+    tokenizer = load_tokenizer(folder_with(tmp_path, mistral, None, 32000))
     text = "\n\n".join([*documents("wikitext2", str(shared_data), "evaluation"), *documents("c4", str(shared_data))])
     monkeypatch.setattr(tokens, "PIECE", 2**17)
     assert tokens._in_pieces(tokenizer, text).tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -48,7 +48,7 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
     check_name(name, revision)
     if Path(name).is_dir():
         if not Path(name, CONFIG_NAME).is_file():
-            raise MissingInput(f"{name} has no {CONFIG_NAME}, so it is no model: give a folder that save_pretrained wrote")
+            raise MissingInput(f"{name} has no {CONFIG_NAME}, so it is not a model: give a folder that save_pretrained wrote")
         return name
     hub.reachable()
     try:
@@ -68,10 +68,10 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
     except LocalEntryNotFoundError as error:
         which = f"{name} (revision {revision})" if revision else name
         raise MissingInput(
-            f"{which} is no folder here and not in the hub's cache, and {hub.why_not()}: give --model a folder, or connect"
+            f"{which} is neither a folder here nor in the hub's cache, and {hub.why_not()}: give --model a folder, or connect"
         ) from error
     if not Path(found, CONFIG_NAME).is_file():
-        raise MissingInput(f"{name} has no {CONFIG_NAME} (in {found}): it is no model, or was fetched only in part")
+        raise MissingInput(f"{name} has no {CONFIG_NAME} (in {found}): it is not a model, or was fetched only in part")
     return found
 
 

@@ -10,7 +10,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lib.errors import OutOfReach
 
-PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 2.5))  # seconds for the hub's first answer
+PATIENCE = float(
+    os.environ.get("HF_HUB_ETAG_TIMEOUT", 10)
+)  # seconds for the hub's first answer, as many as its library's default
 
 
 def fetch(repository: str, file: str, *, repo_type: str, cache_dir: str | None = None) -> str:

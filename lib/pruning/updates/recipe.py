@@ -31,7 +31,7 @@ class Recipe:
 
     def __post_init__(self):
         if self.update not in UPDATES:
-            raise InvalidInput(f"update {self.update!r} is none of {', '.join(UPDATES)}")
+            raise InvalidInput(f"update {self.update!r} is not one of {', '.join(UPDATES)}")
         if self.stages < 1:
             raise InvalidInput(f"{self.stages} stages: at least one is needed")
         if self.stages > 1 and self.update == "none":
@@ -57,7 +57,7 @@ RECIPES = {
     "fast": Recipe("lsq", stages=4, asymmetric=0.25),
     "best": Recipe("lsq", stages=4, epochs=1),
     "max": Recipe("lsq", stages=8, epochs=6),
-}  # docs/checking_numbers.md
+}  # docs/recipes.md
 
 
 def shares(stages: int) -> list[float]:

@@ -56,11 +56,7 @@ def reconstruct(
         return parallel.add_up(own_loss).item() / len(held)
 
     batch = max(BATCH, parallel.world())
-    steps = -(-len(training) // batch)
-    scales = torch.stack([_scale(weight, kept[name]) for name, weight in weights.items()]).tolist()
-    groups = [{"params": [weight], "lr": rate * scale} for weight, scale in zip(weights.values(), scales, strict=True)]
-    optimizer = torch.optim.Adam(groups, fused=True)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * steps)
+    optimizer, decay = _adam(weights, kept, rate, epochs * -(-len(training) // batch))
     generator = torch.Generator().manual_seed(i)
     before = best = error()
     for _ in range(epochs):
@@ -71,9 +67,7 @@ def reconstruct(
                         # In float16, gradients of a mean over tokens would vanish. Adam does not see the scale.
                         scale = states[own[j]].hidden.shape[:-1].numel() if dtype == torch.float16 else 1
                         (loss(j) * scale).backward()
-            for name, weight in weights.items():
-                total = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = parallel.add_up(total).mul_(kept[name])
+            _add_up_gradients(weights, kept)
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
@@ -82,6 +76,13 @@ def reconstruct(
             for name, tensor in stored.items():
                 tensor.copy_(weights[name])
     return torch.tensor([before, best], device=device)
+
+
+def _add_up_gradients(weights: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
+    """Make the gradients those of all processes' windows, of kept weights only."""
+    for name, weight in weights.items():
+        total = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        weight.grad = parallel.add_up(total).mul_(kept[name])
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,14 @@ def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[
         part = free if linear.index is None else free[linear.index]  # of a stack, only what was pruned
         part.copy_(linear.stored != 0)
     return stored, kept
+
+
+def _adam(weights: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], rate: float, steps: int):
+    """Adam, and a schedule: a matrix' rate is `rate` times its scale, and falls to 0."""
+    scales = torch.stack([_scale(weight, kept[name]) for name, weight in weights.items()]).tolist()
+    groups = [{"params": [weight], "lr": rate * scale} for weight, scale in zip(weights.values(), scales, strict=True)]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
 
 
 def _scale(weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
