@@ -29,8 +29,8 @@ class KeepZeros(TrainerCallback):
             for name, matrix in (decoder.linears(i) | decoder.routers(i)).items():
                 self.masks[prefix + name] = matrix, matrix.weight == 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.fsdp or args.deepspeed:
+    def on_train_begin(self, training, state, control, **kwargs):
+        if training.fsdp or training.deepspeed:
             raise InvalidInput("FSDP and DeepSpeed shard weights, and zeros are kept in whole ones: train without them")
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import random_windows, tiny_model
-from test_store import pruned_to
+from test_pruned_checkpoint import pruned_to
 
 pytestmark = pytest.mark.slow
 OLD = ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1")

@@ -26,11 +26,8 @@ def reconstruct(
     """Minimise `mean_t ||f(x)_t - y_t||^2 / ||y_t||^2` over the nonzero weights of `linears`; f is block `i`, resident.
 
     x is what enters the block in the pruned model, y what leaves it in the dense one, so that a block also makes up for
-    the pruning before it (arXiv 2406.15524: global propagation). Each token's error is relative to its length, by which
-    the norms of later blocks divide it: otherwise a few tokens, the first above all, with states a thousand times as long
-    as others are nearly the whole loss. Adam on fp32 copies of the weights, the rate falling linearly to 0; it starts at
-    `rate` times the root mean square of a matrix' kept weights, which differs tenfold between models. The weights are
-    those of the best epoch on the windows held out, or the ones it started from.
+    the pruning before it (arXiv 2406.15524: global propagation); the loss is `relative_error`. Adam on fp32 copies of the
+    weights, by `_adam`'s rates. The weights are those of the best epoch on the windows held out, or the ones it started from.
 
     Args:
         states, targets: x and y of this process' share of the `count` windows, (1, T, H) each.
@@ -86,7 +83,11 @@ def _add_up_gradients(weights: dict[str, torch.Tensor], kept: dict[str, torch.Te
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The mean over tokens of `||f - y||^2 / ||y||^2`, both (..., H); a token whose target is zero does not count."""
+    """The mean over tokens of `||f - y||^2 / ||y||^2`, both (..., H); a token whose target is zero does not count.
+
+    Each token's error is relative to its length, by which the norms of later blocks divide it: otherwise a few tokens, the first
+    above all, with states a thousand times as long as others are nearly the whole loss.
+    """
     power = target.float().square().sum(dim=-1)
     error = (output.float() - target.float()).square().sum(dim=-1)
     counts = power > torch.finfo(power.dtype).tiny
@@ -106,7 +107,8 @@ def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[
 
 
 def _adam(weights: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], rate: float, steps: int):
-    """Adam, and a schedule: a matrix' rate is `rate` times its scale, and falls to 0."""
+    """Adam, and a schedule: a matrix' rate falls linearly to 0 from `rate` times the root mean square of its kept weights, which
+    differs tenfold between models."""
     scales = torch.stack([_scale(weight, kept[name]) for name, weight in weights.items()]).tolist()
     groups = [{"params": [weight], "lr": rate * scale} for weight, scale in zip(weights.values(), scales, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True)

@@ -129,7 +129,7 @@ def test_an_unknown_table_is_refused():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "table all is none of methods" in done.stderr
+    assert done.returncode == 2 and "table all is not one of methods" in done.stderr
 
 
 def called(folder, *words) -> list[list[str]]:

@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE, prune_model, random_windows, tiny_decoder
 from test_experts import decoder_of
 from test_least_squares import damped
-from test_update import output_error, pruned
+from test_recipe import output_error, pruned
 
 from lib.models.matrices import kind_of
 from lib.pruning.masks import Sparsity

@@ -164,7 +164,7 @@ CASES = {
     "not cached": (MAIN, 1, lambda p: p.use("--model", "nobody/nothing"), "nobody/nothing is neither a folder here nor in the hub's cache, and the hub (https://huggingface.co) is out of reach"),
     "not cached, gradients": (GRADIENTS, 1, lambda p: p.use("--model", "nobody/nothing"), "give --model a folder, or connect"),
     "not cached, table": (TABLE, 1, lambda p: p.use("--model", "nobody/nothing"), "give --model a folder, or connect"),
-    "revision not cached": (MAIN, 1, lambda p: p.use("--model", "nobody/nothing", "--revision", "v2"), "nobody/nothing (revision v2) is no folder here"),
+    "revision not cached": (MAIN, 1, lambda p: p.use("--model", "nobody/nothing", "--revision", "v2"), "nobody/nothing (revision v2) is neither a folder here"),
     "revision of a folder": (MAIN, 2, lambda p: p.use("--revision", "v2"), "--revision v2 is of a model on the hub, and"),
     "no config": (MAIN, 1, lambda p: (p.model / "config.json").unlink(), "has no config.json, so it is not a model: give a folder that save_pretrained wrote"),
     "empty folder": (GRADIENTS, 1, lambda p: (shutil.rmtree(p.model), p.model.mkdir()), "has no config.json"),
@@ -223,7 +223,7 @@ CASES = {
     "a share for each block under N:M": (MAIN, 2, lambda p: p.use("--layer_ratios", "line", "--sparsity_type", "2:4"), "--layer_ratios line gives every block its own share, 2:4 is one for all"),
     "shares of blocks for a few linears": (MAIN, 2, lambda p: p.use("--layer_ratios", "line:0.3", "--exclude", "*.o_proj"), "--layer_ratios line:0.3 balances whole blocks: leave --include, --exclude, --layer_no out"),
     "shares of blocks beyond what they spare": (MAIN, 2, lambda p: p.use("--layer_ratios", "line", "--sparsity_ratio", "0.97"), "--layer_ratios line removes at most 0.95 of a block, not 0.97"),
-    "ratios that are none": (MAIN, 2, lambda p: p.use("--layer_ratios", "owl"), "--layer_ratios owl is not a file, nor line or line:SLOPE, such as line:0.3"),
+    "ratios that are none": (MAIN, 2, lambda p: p.use("--layer_ratios", "owl"), "--layer_ratios owl is not a file, and neither line nor line:SLOPE, such as line:0.3"),
     "shares of blocks beyond what they spare, in a table": (TABLE, 2, lambda p: p.use("--layer_ratios", "line:0.3", "--ratios", "0.97"), "removes at most 0.95 of a block, not 0.97"),
     "a line without a number": (MAIN, 2, lambda p: p.use("--layer_ratios", "line:steep"), "--layer_ratios line:steep has no slope from -1 to 1 behind the colon: write line, or line:0.3"),
     "a line too steep": (MAIN, 2, lambda p: p.use("--layer_ratios", "line:30"), "--layer_ratios line:30 has no slope from -1 to 1"),
@@ -301,7 +301,7 @@ def test_the_table_covers_enough():
         ("{model} --pattern 2:5", "not divisible by 5"),
         ("{model} --include *.q_proj", "add it"),
         ("{model} --against nobody/nothing", "nobody/nothing is neither a folder here nor in the hub's cache"),
-        ("{root}", "has no config.json, so it is no model"),
+        ("{root}", "has no config.json, so it is not a model"),
     ],
 )
 def test_bad_inputs_of_check_sparsity(arguments, said, place, capsys):
