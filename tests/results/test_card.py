@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import tiny_model
 from huggingface_hub import metadata_load
-from models.test_store import contents
+from test_pruned_checkpoint import contents
 from test_commands import run
 
 from lib.results import card, tables
