@@ -1,11 +1,12 @@
-"""A file to its documents.
+"""Reads a file into documents.
 
     .txt            the whole file is one document
-    .jsonl, .json   rows: a JSON object a line, a list of them, or a single one
+    .jsonl, .json   rows: one JSON object per line, a list of objects, or a single object
     .parquet        rows
 
-All but .parquet are read with .gz behind their name as well. Of a row counts the column that is asked for, else `text`, else
-`messages`. It holds a text or a conversation, a list of {"role": ..., "content": ...}; a row may also be a text itself.
+All formats but .parquet may also be compressed with gzip (.jsonl.gz). The document of a row is in the column that the caller
+names, otherwise in `text`, otherwise in `messages`. It is a text or a conversation, which is a list of {"role": ...,
+"content": ...}. A row may also be a text itself, without columns.
 """
 
 import codecs
@@ -25,8 +26,8 @@ from lib.errors import InvalidInput
 Document = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-COLUMNS = ("text", "messages")
-KINDS = {
+COLUMNS = ("text", "messages")  # where the document of a row is looked for, in this order
+KINDS = {  # how error messages call what a row holds
     type(None): "null",
     bool: "a boolean",
     int: "a number",
@@ -38,16 +39,16 @@ KINDS = {
 
 
 def format_of(path: Path) -> str | None:
-    """Which of FORMATS a file is read as, by its name; None: as none of them."""
+    """The one of FORMATS that a file is read as, by its name; None if its name ends in none of them."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in FORMATS and (path.suffix, suffix) != (".gz", ".parquet") else None
 
 
 def read(path: Path, column: str | None = None) -> Iterator[Document]:
-    """The documents of a file, in its order. A .txt or .json file is in memory while it is read, the others are not.
+    """Yield the documents of a file in order. A .txt file or a JSON list is held in memory as a whole, other files are not.
 
     Raises:
-        ValueError: a file that is damaged, not UTF-8 or not what its name says, or a row without text; the message names the
+        InvalidInput: the file is damaged, not in UTF-8 or not what its name says, or a row has no text. The message names the
             file, the line or row, what is there, and a remedy.
     """
     try:
@@ -60,10 +61,10 @@ def read(path: Path, column: str | None = None) -> Iterator[Document]:
             else:
                 yield from (_document(row, f"{path}, {where},", column) for where, row in _json_rows(path, file))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InvalidInput(f"{path} is not a gzip file, or not all of one ({error}): fetch or compress it again") from error
+        raise InvalidInput(f"{path} is not a whole gzip file ({error}): fetch or compress it again") from error
     except UnicodeDecodeError as error:
         near = error.object[max(error.start - 20, 0) : error.start + 10]
-        raise InvalidInput(f"{path} is not UTF-8 text, see {near!r}: {_encoding_remedy(path)}") from error
+        raise InvalidInput(f"{path} is not UTF-8 text near {near!r}: {_encoding_remedy(path)}") from error
 
 
 def _text(file) -> Iterator[str]:
@@ -73,7 +74,7 @@ def _text(file) -> Iterator[str]:
 
 
 def _json_rows(path: Path, file) -> Iterator[tuple[str, Any]]:
-    """Rows, and where in the file each is."""
+    """Yield where in the file a row is, and the row."""
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     number, first = next(lines, (1, b""))
     first = first.removeprefix(codecs.BOM_UTF8)
@@ -97,7 +98,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{where} is not JSON ({error}): give one JSON object a line, or one list of objects") from error
+        raise InvalidInput(f"{where} is not JSON ({error}): give one JSON object per line, or one list of objects") from error
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Document]:
@@ -127,13 +128,13 @@ def _column_of(row: dict[str, Any], column: str | None, where: str) -> str:
         if name in row:
             return name
     if _holds_rows(row, wanted):
-        raise InvalidInput(f"{where} is an object with a row behind every key: save a list of the rows, or a row a line")
+        raise InvalidInput(f"{where} is an object with a row under every key: save the rows as a list, or one per line")
     for key, value in row.items():
         if _holds_rows(value, wanted):
-            raise InvalidInput(f"{where} has its rows below {key!r}: save what is there as a file of its own, a row a line")
+            raise InvalidInput(f"{where} has its rows below {key!r}: save what is there as a separate file, one row per line")
     raise InvalidInput(
-        f"{where} has the columns {list(row)[:20]}, none is {' or '.join(map(repr, wanted))}: name the one that holds the text "
-        "with --text_column"
+        f"{where} has the columns {list(row)[:20]}, none of them is {' or '.join(map(repr, wanted))}: "
+        "name the one that holds the text with --text_column"
     )
 
 
@@ -158,8 +159,8 @@ def _content(value: Any, where: str) -> Document:
         keys = sorted(messages[0]) if messages else "no messages"
         raise InvalidInput(f'{where} is not a conversation ({keys}): give every message a "role" and a "content", both text')
     raise InvalidInput(
-        f"{where} holds {KINDS.get(type(value), type(value).__name__)} instead of text: remove such rows, or name another column "
-        "with --text_column"
+        f"{where} holds {KINDS.get(type(value), type(value).__name__)} instead of text: remove such rows, or name another "
+        "column with --text_column"
     )
 
 

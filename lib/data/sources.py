@@ -1,6 +1,7 @@
-"""Where text comes from: a source is "c4", "wikitext2", a file (files.py), a folder or a pattern of files.
+"""Where text comes from: a source is "c4", "wikitext2", a file (see readers.py), a folder or a pattern of files.
 
-The two names are files of the Hugging Face hub or, with `data_dir`, the same files in a local copy laid out as on the hub.
+The two names stand for files of the Hugging Face hub or, with `data_dir`, for the same files in a local copy that is laid out
+as on the hub.
 """
 
 import glob
@@ -16,7 +17,7 @@ from lib.data.readers import Document, format_of, read
 from lib.errors import InvalidInput, MissingInput, OutOfReach
 from lib.models.files import hub
 
-# name -> purpose -> (hub repository, file in the repository)
+# name of a corpus -> purpose -> (hub repository, file in the repository)
 HUB = {
     "c4": {
         "calibration": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
@@ -27,12 +28,12 @@ HUB = {
         "evaluation": ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
     },
 }
-KNOWN = "a .txt, .jsonl, .json (all also .gz) or .parquet file"
+READABLE = "a .txt, .jsonl, .json (all also .gz) or .parquet file"
 FEATURES = Features({"document": Value("large_string"), "conversation": Value("bool")})
 
 
 class Documents(Sequence[Document]):
-    """The documents of a source; they stay on disk, mapped."""
+    """The documents of a source. They stay on disk and are mapped into memory."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -48,7 +49,7 @@ class Documents(Sequence[Document]):
 
 
 def check_source(source: str, data_dir: str | None = None, purpose: str = "calibration") -> None:
-    """Raise FileNotFoundError or ValueError, before any work, if `source` cannot be what `documents` reads."""
+    """Raise MissingInput or InvalidInput, before any work is done, if `documents` could not read `source`."""
     if source not in HUB:
         _files_of(source)
     elif data_dir is not None and not (path := _local_copy(source, data_dir, purpose)).is_file():
@@ -62,14 +63,16 @@ def documents(
     cache_dir: str | None = None,
     column: str | None = None,
 ) -> Documents:
-    """The documents of a source, of several files in the order of their names.
+    """The documents of a source. Those of several files are in the order of the files' names.
 
-    `purpose` is "calibration" or "evaluation" and picks the split of the hub's corpora. `column` is where rows of files keep
-    their text (default: files.py). What was read once is kept in `cache_dir` as one Arrow file.
+    `purpose` is "calibration" or "evaluation" and picks the split of the hub's corpora. `column` is the one that rows of files
+    have their text in (default: see readers.py). The documents are also stored as one Arrow file in `cache_dir`, which later
+    runs read instead of the source.
 
     Raises:
-        FileNotFoundError: no such file. ConnectionError: the hub is out of reach. ValueError: an unknown source, one without
-            documents, or a file that cannot be read (`files.read`).
+        MissingInput: there is no such file.
+        OutOfReach: the hub does not answer.
+        InvalidInput: the source is unknown or has no documents, or a file cannot be read (`readers.read`).
     """
     check_source(source, data_dir, purpose)
     if source not in HUB:
@@ -92,12 +95,12 @@ def _on_disk(source: str, paths: list[Path], column: str | None, cache_dir: str 
         if empty:
             raise InvalidInput(f"{source} holds no documents: give a file with text in it")
 
-    # What the files and the way they are read decide: with any of it changed they are read anew.
+    # The Arrow file is named by all that its content depends on. If any of it changes, the source is read anew.
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     code = [Path(__file__).with_name(name).read_text() for name in ("readers.py", "sources.py")]
-    name = hashlib.sha256(json.dumps([states, column, code]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([states, column, code]).encode()).hexdigest()
     try:
-        return Dataset.from_generator(rows, features=FEATURES, cache_dir=cache_dir, fingerprint=name[:32])
+        return Dataset.from_generator(rows, features=FEATURES, cache_dir=cache_dir, fingerprint=digest[:32])
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
 
@@ -107,30 +110,33 @@ def _unpacked(row: dict) -> Document:
 
 
 def _files_of(source: str) -> list[Path]:
-    """The files of a source that is not one of HUB's names, sorted by their names from the folder on: alike on every machine."""
+    """The files of a source that is not one of HUB's names, sorted by their paths inside it: in one order on every machine."""
     path = Path(source)
     if source and path.is_dir():
         inside = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
         inside = sorted((name for name in inside if not any(part.startswith(".") for part in name.parts)), key=Path.as_posix)
         if not inside:
-            raise MissingInput(f"dataset folder {source} holds no files: give {KNOWN}, or a folder of them")
-        found = [path / name for name in inside]
+            raise MissingInput(f"dataset folder {source} holds no files: give {READABLE}, or a folder of them")
+        files = [path / name for name in inside]
     elif not path.exists() and glob.has_magic(source):
-        found = sorted((Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()), key=Path.as_posix)
-        if not found:
-            raise MissingInput(f"no file is called {source}: give a pattern that matches some, such as 'texts/*.jsonl'")
+        files = sorted((Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()), key=Path.as_posix)
+        if not files:
+            raise MissingInput(f"no file matches {source}: give a pattern that matches some, such as 'texts/*.jsonl'")
     else:
-        found = [path]
-    if (strange := next((file for file in found if format_of(file) is None), None)) is not None:
-        if strange == path:
-            raise InvalidInput(f"dataset {source!r} is neither of {sorted(HUB)} nor a path: give {KNOWN}, or a folder of them")
-        pattern = strange.with_name("*.jsonl")
+        files = [path]
+    if (unreadable := next((file for file in files if format_of(file) is None), None)) is not None:
+        if unreadable == path:
+            raise InvalidInput(
+                f"dataset {source!r} is neither one of {sorted(HUB)} nor a path: give {READABLE}, or a folder of them"
+            )
+        pattern = unreadable.with_name("*.jsonl")
         raise InvalidInput(
-            f"dataset {source} has the file {strange}, which is not {KNOWN}: choose files by a pattern such as '{pattern}'"
+            f"dataset {source} has the file {unreadable}, which is not {READABLE}: choose files by a pattern such as "
+            f"'{pattern}'"
         )
-    if not found[0].is_file():
+    if not files[0].is_file():
         raise MissingInput(f"dataset file {source} does not exist: give an existing file or one of {sorted(HUB)}")
-    return found
+    return files
 
 
 def _local_copy(source: str, data_dir: str, purpose: str) -> Path:

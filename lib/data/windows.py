@@ -1,7 +1,7 @@
-"""Documents to token windows: calibration windows (n, T), and the token stream perplexity is measured on.
+"""Turns documents into token windows: calibration windows (n, T), and the token stream that perplexity is measured on.
 
-`bos`, where it is given, is the id that stands before every window, as some models need it (`--bos every`): a window is then
-BOS and T - 1 tokens of text. Otherwise BOS is where the tokenizer puts it, once before a document, as published.
+If `bos` is set, that id stands before every window, as some models need it (`--bos every`): a window is then BOS and T - 1
+tokens of text. If it is None, BOS is where the tokenizer puts it, once before a document, as in the published code.
 """
 
 import logging
@@ -17,10 +17,10 @@ from lib.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
 
-JOINED = {"wikitext2": " "}  # corpora whose rows are paragraphs, not documents: calibration text is their rows joined with this
-C4_EVALUATION_DOCUMENTS = 1100  # of the validation shard's 45 thousand, as published code evaluates it
-EVALUATION_WINDOWS = {"c4": 256}  # at most so many of a corpus, likewise
-PATIENCE = 1000  # draws without a long enough document before the corpus is searched for one
+JOINED = {"wikitext2": " "}  # corpus whose rows are paragraphs -> what joins its rows to the calibration text
+C4_EVALUATION_DOCUMENTS = 1100  # of the 45 thousand in the validation shard, as in the published evaluation
+EVALUATION_WINDOWS = {"c4": 256}  # at most so many windows of a corpus, as in the published evaluation
+PATIENCE = 1000  # draws of too short documents before all documents are searched for one that is long enough
 
 
 def calibration_windows(
@@ -37,12 +37,16 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Draw `nsamples` windows of `seq_length` tokens: (n, T) int64, the same for the same seed, tokenizer and documents.
 
-    As published: one `random.Random(seed)` draws a document until one has more than T tokens, then the window's start in
-    it. Of a source in JOINED, all text is one stream, and only starts are drawn. With `pack`, documents are drawn in random
-    order without repetition, joined with the EOS token and cut. `beside` of the windows are not those of --nsamples.
+    As in the published code, one `random.Random(seed)` draws documents until one has more than T tokens, then draws where the
+    window starts in it. All text of a source in JOINED is one stream, in which only the starts are drawn. With `pack`, the
+    documents are put in random order, joined with the EOS token and cut into windows.
+
+    Args:
+        beside: how many of the `nsamples` windows are drawn for another purpose than --nsamples. The error that advises fewer
+            --nsamples subtracts them.
 
     Raises:
-        ValueError: no document is longer than T tokens, or (packed, joined) all of them together are too short.
+        InvalidInput: no document is longer than T tokens, or (packed or joined) all documents together are too short.
     """
     rng = random.Random(seed)
     length = seq_length - (bos is not None)
@@ -57,7 +61,7 @@ def calibration_windows(
 
 
 def evaluation_tokens(docs: Iterable[Document], tokenizer, source: str = "", bos: int | None = None) -> torch.Tensor:
-    """The documents joined with blank lines, c4's first 1100 with spaces, and tokenized once: (n_tokens,) int64."""
+    """The documents joined with blank lines (the first 1100 of c4 with spaces) and tokenized as one text: (n_tokens,) int64."""
     if source == "c4":
         return _joined(islice(docs, C4_EVALUATION_DOCUMENTS), tokenizer, " ", bos).long()
     return _joined(docs, tokenizer, "\n\n", bos).long()
@@ -66,10 +70,10 @@ def evaluation_tokens(docs: Iterable[Document], tokenizer, source: str = "", bos
 def windows_of(tokens: torch.Tensor, seq_length: int, bos: int | None = None) -> torch.Tensor:
     """Cut a stream (n_tokens,) into full windows (n, T); the short tail is dropped.
 
-    With `bos`, every window is that id and T - 1 tokens of the stream: all of them are targets, BOS is not.
+    With `bos`, every window is that id and T - 1 tokens of the stream. All of these tokens are targets, BOS is not.
 
     Raises:
-        ValueError: the text is shorter than one window.
+        InvalidInput: the text is shorter than one window.
     """
     length = seq_length - (bos is not None)
     count = len(tokens) // length
@@ -81,15 +85,15 @@ def windows_of(tokens: torch.Tensor, seq_length: int, bos: int | None = None) ->
 
 
 def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
-    """Windows (n, T - 1) with BOS before each of them, (n, T); as they are without `bos`."""
+    """Windows (n, T - 1) with BOS before each of them, (n, T); without `bos`, the windows as they are."""
     return windows if bos is None else torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
 
 
 def _joined(docs: Iterable[Document], tokenizer, separator: str, bos: int | None) -> torch.Tensor:
     docs = list(docs)
     text = separator.join(text_of(doc, tokenizer) for doc in docs)
-    written = bool(docs) and not isinstance(docs[0], str)  # by the chat template, special tokens included
-    return encode(tokenizer, text, special=bos is None and not written, without=bos)
+    templated = bool(docs) and not isinstance(docs[0], str)  # the chat template has written the special tokens already
+    return encode(tokenizer, text, special=bos is None and not templated, without=bos)
 
 
 def _document_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
@@ -100,7 +104,7 @@ def _document_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng:
         if len(tokens) <= length:
             misses += 1
             progress("%d of %d windows; %d of the documents drawn were too short for one", len(windows), nsamples, misses)
-            if misses == PATIENCE:  # perhaps no document will ever do: settle it, without touching the generator
+            if misses == PATIENCE:  # perhaps none is long enough: find out without using the random generator
                 _require_long_document(docs, length)
             continue
         start = rng.randint(0, len(tokens) - length - 1)
@@ -110,7 +114,7 @@ def _document_windows(docs: TokenizedDocuments, nsamples: int, length: int, rng:
     logger.log(
         logging.WARNING if few else logging.INFO,
         "%d windows from %d documents%s", nsamples, len(drawn),
-        f" (of {len(docs)}): few are longer than {length} tokens, --pack joins the others" if few else "",
+        f" (of {len(docs)}): few are longer than {length} tokens, --pack would join the others" if few else "",
     )  # fmt: skip
     return windows
 
@@ -132,7 +136,7 @@ def _require_long_document(docs: TokenizedDocuments, length: int) -> None:
 def _stream_windows(stream: torch.Tensor, nsamples: int, length: int, rng: random.Random) -> list[torch.Tensor]:
     if len(stream) <= length:
         raise InvalidInput(
-            f"all of the text has {len(stream)} tokens, a window needs more than {length}: use a shorter --seq_length"
+            f"the whole text has {len(stream)} tokens, a window needs more than {length}: use a shorter --seq_length"
         )
     starts = [rng.randint(0, len(stream) - length - 1) for _ in range(nsamples)]
     return [stream[start : start + length] for start in starts]

@@ -129,11 +129,11 @@ def test_what_was_read_once_is_not_read_again(tmp_path, read, monkeypatch):
     "source, error, message",
     [
         ("nothing.jsonl", FileNotFoundError, "does not exist"),
-        ("words.docx", ValueError, "neither of"),
-        ("x.parquet.gz", ValueError, "neither of"),
-        ("c5", ValueError, "neither of"),
-        ("", ValueError, "neither of"),
-        ("no/*.jsonl", FileNotFoundError, "no file is called"),
+        ("words.docx", ValueError, "neither one of"),
+        ("x.parquet.gz", ValueError, "neither one of"),
+        ("c5", ValueError, "neither one of"),
+        ("", ValueError, "neither one of"),
+        ("no/*.jsonl", FileNotFoundError, "no file matches"),
     ],
 )
 def test_sources_that_cannot_be_read(source, error, message):

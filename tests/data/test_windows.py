@@ -109,7 +109,7 @@ def test_a_long_document_is_tokenized_once(tokenizer):
 
 
 def test_kept_tokens_are_bounded(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "KEPT", 100)
+    monkeypatch.setattr(tokens, "CACHED_TOKENS", 100)
     counting = Counting(tokenizer)
     docs = TokenizedDocuments([" ".join([f"w{i}"] * 40) for i in range(3, 9)] + [" ".join(["w9"] * 500)], counting, None)
     for i in range(7):
