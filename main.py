@@ -24,7 +24,7 @@ from lib.evaluation import zero_shot
 from lib.evaluation.dense_cache import DenseCache
 from lib.evaluation.perplexity import perplexity, require_sensible
 from lib.models import loading, memory
-from lib.models.files.pruned_checkpoint import writer
+from lib.models.files.writer import writer
 from lib.pruning.prune import prune
 from lib.pruning.search import search
 from lib.results import card, record, tables

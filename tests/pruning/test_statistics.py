@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lib.models.matrices import matrices_of
-from lib.pruning.statistics import ActivationNorm, observe
+from lib.pruning.statistics import ActivationNorm, Drift, ExactHessian, Hessian, Stream, observe
 
 
 def test_the_mean_is_over_sequences_not_tokens():
@@ -19,6 +19,22 @@ def test_sums_are_fp32():
     accumulated = ActivationNorm(1, torch.device("cpu"))
     accumulated.add(torch.full((1, 4096, 1), 16.0, dtype=torch.float16))  # the sum of squares, 2^20, overflows float16
     assert accumulated.result(1).x_norm.item() == 1024
+
+
+@pytest.mark.parametrize("kind", [Hessian, ExactHessian, Drift])
+def test_a_hessian_takes_no_memory_beside_what_it_is_added_up_in(kind):
+    """It may be the largest tensor of a run, and one of many."""
+    stream = Stream(tokens=5)
+    accumulated = kind(4, torch.device("cpu"), stream) if kind is Drift else kind(4, torch.device("cpu"))
+    samples = torch.randn(2, 5, 4)
+    for sample in samples:
+        accumulated.add(sample[None])
+    sums = accumulated.sums
+    inputs = accumulated.result(2)
+    assert inputs.hessian.data_ptr() == sums[0].data_ptr()
+    assert torch.allclose(inputs.hessian, samples.flatten(0, 1).T @ samples.flatten(0, 1), atol=1e-5)
+    assert torch.allclose(inputs.x_norm, (samples.square().sum(dim=(0, 1)) / 2).sqrt())
+    assert kind is not Drift or inputs.drift.data_ptr() == sums[1].data_ptr()
 
 
 class Pair(nn.Module):

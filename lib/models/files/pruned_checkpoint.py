@@ -7,18 +7,13 @@ that nobody knows included: a file of weights is copied, and the pruned tensors 
 import json
 import os
 import shutil
-import tempfile
-from collections import ChainMap
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lib import parallel
 from lib.errors import InvalidInput, NoRoom
 from lib.models.decoder import Decoder
 from lib.models.files.checkpoint import PRUNED_BY, Checkpoint, is_weights, open_safetensors, other_files
@@ -64,10 +59,16 @@ class Store:
         """Write the `pruned` matrices of block `i`, which is resident."""
         prefix, matrices = decoder.prefixes[i], decoder.matrices(i)
         state = {prefix + name: value for name, value in decoder.blocks[i].state_dict().items()}
-        self.write(state, [prefix + matrices[name].tensor_name for name in pruned])
+        dense = {
+            matrix.tensor_name for name, matrix in matrices.items() if name not in pruned
+        }  # experts, in stacks with others
+        names = dict.fromkeys(matrices[name].tensor_name for name in pruned)
+        self.write(state, [prefix + name for name in names], {prefix + name for name in names if name in dense})
 
-    def write(self, state: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
+    def write(self, state: Mapping[str, torch.Tensor], names: Iterable[str], in_part: Collection[str] = ()) -> None:
         """Write tensors of the model, and those that are made from the same ones in the files, which are in `state` too.
+
+        Of tensors that were pruned only `in_part`, weights that are what the file's are in the run's dtype keep the file's bits.
 
         Raises:
             InvalidInput: an updated weight that the file's dtype cannot hold.
@@ -78,7 +79,7 @@ class Store:
             if group.first not in done:  # of tensors made from the same ones in the files, all are carried back together
                 done.add(group.first)
                 for key, value in self.dense.carried_back(group.first, state).items():
-                    self._write(key, value.cpu())
+                    self._write(key, value.cpu(), name in in_part)
 
     def finish(self) -> None:
         """Write all that is left, and put the checkpoint in place of an earlier one."""
@@ -99,11 +100,13 @@ class Store:
         """The finished checkpoint's tensors, read from its files."""
         return ModelTensors(Checkpoint(str(self.folder)), self.dense.model)
 
-    def _write(self, key: str, value: torch.Tensor) -> None:
+    def _write(self, key: str, value: torch.Tensor, in_part: bool) -> None:
         shard = self._shard(self.dense.checkpoint.where[key])
         original = self.dense.checkpoint[key]
         if self.updated:
             tensor = value.to(original.dtype)
+            if in_part:
+                tensor = torch.where(value == original.to(value.dtype), original, tensor)
             if not tensor.isfinite().all():
                 largest = torch.finfo(original.dtype).max
                 raise InvalidInput(f"{key} has updated weights beyond {largest:g}, the largest of its {original.dtype}")
@@ -154,70 +157,6 @@ class Store:
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.partial / file, self.folder / file)
         shutil.rmtree(self.partial)
-
-
-class Scratch:
-    """Pruned tensors of a streamed run that writes no checkpoint, as the run has them: a file for each block, in a temporary
-    folder that is gone when the tensors are."""
-
-    def __init__(self, beside: Path | None, dense: Mapping[str, torch.Tensor]):
-        self.folder = tempfile.TemporaryDirectory(dir=beside)
-        self.dense = dense
-        self.index: dict[str, dict] = {}
-
-    def write_block(self, decoder: Decoder, i: int, pruned: Collection[str]) -> None:
-        """As `Store.write_block`."""
-        prefix, matrices = decoder.prefixes[i], decoder.matrices(i)
-        path, tensors = Path(self.folder.name, f"{prefix}safetensors"), {matrices[name].tensor_name for name in pruned}
-        state = decoder.blocks[i].state_dict()
-        values = {prefix + name: value.cpu().contiguous() for name, value in state.items() if name in tensors}
-        save_file(values, path)
-        self.index |= {name: {"safetensors_file": str(path), "weight_name": name} for name in values}
-
-    def discard(self) -> None:
-        """Leave nothing of it."""
-        self.folder.cleanup()
-
-    def finish(self) -> None:
-        """Nothing has to be put anywhere."""
-
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """{name in the model: tensor} of the pruned model: these, and the dense ones of what was not pruned."""
-        return _Kept(self, OffloadedWeightsLoader(index=self.index), self.dense)
-
-
-class _Kept(ChainMap):
-    """Tensors of a `Scratch`, whose folder stays as long as they do."""
-
-    def __init__(self, scratch: Scratch, *tensors: Mapping[str, torch.Tensor]):
-        super().__init__(*tensors)
-        self.scratch = scratch
-
-
-@contextmanager
-def writer(
-    decoder: Decoder, model: str, save_model: str | None, updated: bool, trial: bool
-) -> Iterator[Store | Scratch | None]:
-    """What pruned blocks are written to while this is open: a checkpoint in `save_model`, by the first process; else, of a
-    streamed model, temporary files; else nothing. It is finished on the way out, or discarded if that is by an error.
-
-    `model`: the dense model's folder. A `trial` writes no checkpoint.
-    """
-    written: Store | Scratch | None = None
-    if save_model and not trial and parallel.rank() == 0:
-        dense = decoder.source if decoder.source is not None else ModelTensors(Checkpoint(model), decoder.model)
-        written = Store(save_model, dense, updated)
-    elif decoder.source is not None:
-        beside = Path(save_model).resolve().parent if save_model else None
-        written = Scratch(beside if beside and beside.is_dir() else None, decoder.source)
-    try:
-        yield written
-        if written:
-            written.finish()
-    except BaseException:
-        if written:
-            written.discard()
-        raise
 
 
 def foreign_weights(folder: str | os.PathLike) -> Path | None:

@@ -32,8 +32,7 @@ def reconstruct(
     Args:
         states, targets: x and y of this process' share of the `count` windows, (1, T, H) each.
 
-    Returns:
-        The loss on the windows held out (all of too few to hold any out), before and after: (2,).
+    Returns the loss on the windows held out (all of too few to hold any out), before and after: (2,).
     """
     own = {sample: k for k, sample in enumerate(parallel.share(torch.arange(count)).tolist())}
     training, held = torch.arange(count).split([count - count // ONE_IN, count // ONE_IN])

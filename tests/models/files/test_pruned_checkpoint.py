@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import tiny_configs
 import torch
 import transformers
 from conftest import SMALL, prune_model, random_windows, tiny_model
@@ -16,6 +17,7 @@ from lib.models.files.checkpoint import Checkpoint
 from lib.models.files.pruned_checkpoint import Store, foreign_weights
 from lib.pruning.masks import Sparsity
 from lib.pruning.targets import select
+from lib.pruning.updates.recipe import Recipe
 
 EXTRAS = {  # what a folder from the hub holds besides, byte for byte: spaces and order of a file no library would write
     "generation_config.json": b'{ "eos_token_id":[2,  3] }',
@@ -276,3 +278,24 @@ def test_a_checkpoint_inside_the_dense_folder_is_no_part_of_it(tmp_path):
     for _ in range(2):
         pruned_to(dense / "pruned", dense, 0.5)
     assert set(contents(dense / "pruned")) == set(before) - set(FOREIGN)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_that_were_not_pruned_keep_their_bits_in_an_updated_stack(kind, tmp_path):
+    """In a run in bfloat16, of a model whose files are in float32."""
+    experts = {"num_local_experts": 4}
+    tiny_configs.tiny_model(kind, num_hidden_layers=2, **experts).float().save_pretrained(tmp_path / "dense")
+    decoder = loading.load(str(tmp_path / "dense"), dtype="bfloat16", device="cpu")
+    targets = select(decoder, Sparsity.parse("2:4"), include=["*.experts.1.*", "*.q_proj"])
+    dense = loading.dense_tensors(str(tmp_path / "dense"), decoder)
+    written = Store(tmp_path / "pruned", dense, updated=True)
+    prune_model(
+        decoder, random_windows(24).cpu(), method="wanda", sparsity=targets, recipe=Recipe("lsq"),
+        finished=lambda i, block: written.write_block(decoder, i, targets.get(i, ())),
+    )  # fmt: skip
+    written.finish()
+    pruned = loading.dense_tensors(str(tmp_path / "pruned"), decoder)
+    for i, prefix in enumerate(decoder.prefixes):
+        for name, matrix in decoder.matrices(i).items():
+            before, after = (matrix.of(tensors[prefix + matrix.tensor_name]) for tensors in (dense, pruned))
+            assert torch.equal(before, after) == (name not in targets[i]), name

@@ -11,8 +11,8 @@ from test_prune import gradient_of
 from lib import parallel
 from lib.models import loading
 from lib.pruning.masks import Sparsity, lowest_of, n_of_m, per_row
-from lib.pruning.methods import METHODS
-from lib.pruning.outcome import share_of_zeros
+from lib.pruning.methods import METHODS, Settings
+from lib.pruning.outcome import Findings, share_of_zeros
 from lib.pruning.statistics import Inputs
 from lib.pruning.targets import select
 from lib.pruning.updates.recipe import RECIPES, Recipe, relative_errors, shares, solve
@@ -229,7 +229,7 @@ def test_stages_ask_for_more_and_more_of_weights_that_were_updated():
 
 
 @pytest.mark.parametrize(
-    "wrong, message", [(("best",), "none of none, obs, lsq"), (("lsq", 0), "at least one"), (("none", 2), "--update")]
+    "wrong, message", [(("best",), "not one of none, obs, lsq"), (("lsq", 0), "at least one"), (("none", 2), "--update")]
 )
 def test_recipes_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -300,3 +300,17 @@ def test_reconstruction_in_float16_learns():
         errors[dtype] = [found[i][""] for i in range(len(decoder))]
     for (_, exact), (before, half) in zip(*errors.values(), strict=True):
         assert half < before and half == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", [Recipe("lsq", 4), Recipe("lsq", 1, asymmetric=0.25), Recipe("obs", 2)])
+def test_a_hessian_that_is_not_positive_definite_gives_no_weights(recipe):
+    """What a factorisation leaves behind when it fails looks like numbers."""
+    hessian = torch.diag(torch.tensor([1.0, 2.0, -3.0, 4.0]))
+    inputs = Inputs(torch.ones(4), hessian, hessian.clone() if recipe.asymmetric else None)
+    updated = solve(
+        torch.randn(3, 4), inputs, lambda weight, share: lowest_of(per_row(weight.abs(), 0.5), weight.abs(), share), recipe
+    )
+    assert not updated.isfinite().all()
+    findings = Findings(Settings("wanda", {}, recipe=recipe))
+    findings.watch("q_proj", updated)
+    assert not findings.sound["q_proj"]

@@ -1,0 +1,81 @@
+"""Where the pruned blocks of a run go: into a checkpoint, or of a streamed model without one into temporary files."""
+
+import tempfile
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors.torch import save_file
+
+from lib import parallel
+from lib.models.decoder import Decoder
+from lib.models.files.checkpoint import Checkpoint
+from lib.models.files.conversion import ModelTensors
+from lib.models.files.pruned_checkpoint import Store
+
+
+class Scratch:
+    """Pruned tensors of a streamed run that writes no checkpoint, as the run has them: a file for each block, in a temporary
+    folder that is gone when the tensors are."""
+
+    def __init__(self, beside: Path | None, dense: Mapping[str, torch.Tensor]):
+        self.folder = tempfile.TemporaryDirectory(dir=beside)
+        self.dense = dense
+        self.index: dict[str, dict] = {}
+
+    def write_block(self, decoder: Decoder, i: int, pruned: Collection[str]) -> None:
+        """As `Store.write_block`."""
+        prefix, matrices = decoder.prefixes[i], decoder.matrices(i)
+        path, tensors = Path(self.folder.name, f"{prefix}safetensors"), {matrices[name].tensor_name for name in pruned}
+        state = decoder.blocks[i].state_dict()
+        values = {prefix + name: value.cpu().contiguous() for name, value in state.items() if name in tensors}
+        save_file(values, path)
+        self.index |= {name: {"safetensors_file": str(path), "weight_name": name} for name in values}
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        self.folder.cleanup()
+
+    def finish(self) -> None:
+        """Nothing has to be put anywhere."""
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """{name in the model: tensor} of the pruned model: these, and the dense ones of what was not pruned."""
+        return _Kept(self, OffloadedWeightsLoader(index=self.index), self.dense)
+
+
+class _Kept(ChainMap):
+    """Tensors of a `Scratch`, whose folder stays as long as they do."""
+
+    def __init__(self, scratch: Scratch, *tensors: Mapping[str, torch.Tensor]):
+        super().__init__(*tensors)
+        self.scratch = scratch
+
+
+@contextmanager
+def writer(
+    decoder: Decoder, model: str, save_model: str | None, updated: bool, trial: bool
+) -> Iterator[Store | Scratch | None]:
+    """What pruned blocks are written to while this is open: a checkpoint in `save_model`, by the first process; else, of a
+    streamed model, temporary files; else nothing. It is finished on the way out, or discarded if that is by an error.
+
+    `model`: the dense model's folder. A `trial` writes no checkpoint.
+    """
+    written: Store | Scratch | None = None
+    if save_model and not trial and parallel.rank() == 0:
+        dense = decoder.source if decoder.source is not None else ModelTensors(Checkpoint(model), decoder.model)
+        written = Store(save_model, dense, updated)
+    elif decoder.source is not None:
+        beside = Path(save_model).resolve().parent if save_model else None
+        written = Scratch(beside if beside and beside.is_dir() else None, decoder.source)
+    try:
+        yield written
+        if written:
+            written.finish()
+    except BaseException:
+        if written:
+            written.discard()
+        raise
