@@ -85,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Windows, model, gradients, folders."""
+    """Read text and model, add up the gradients over all samples, and write one folder for each norm."""
     device = command.start(args.device, args.nsamples)
     norms = tuple(sorted(set(args.norms)))
     outline = open_model(args)
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     place = next(iter(folders.values())).with_name(f"{name}.rank{parallel.rank()}")
     with GradientWork(place, settings, device, args.resume) as work, ExitStack() as stack, memory.watched(plan, device):
         if work.done:
-            logger.info("going on after %d of %d samples", work.done, len(share))
+            logger.info("continuing after %d of %d samples", work.done, len(share))
         dtype = loading.DTYPES[args.norm_dtype]
         writers = {norm: stack.enter_context(GradientWriter(folder, dtype)) for norm, folder in folders.items()}
         with Phases(device)("gradients"):
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def provenance_of(args: argparse.Namespace, outline: Outline, decoder: Decoder) -> dict:
-    """What the norms depend on, as their folder's index has it."""
+    """All that the norms depend on, for the index of their folder."""
     flags = ("model", "nsamples", "seq_length", "scale", "seed", "dataset", "pack", "text_column")
     provenance = {flag: getattr(args, flag) for flag in flags} | {
         "bos": outline.bos,
@@ -145,10 +145,10 @@ def provenance_of(args: argparse.Namespace, outline: Outline, decoder: Decoder) 
 
 
 def point_out_earlier(folder: Path, provenance: dict, decoder: Decoder) -> None:
-    """Say what of another model or other settings is replaced by the gradients of this run, if anything is."""
+    """Log that this run will overwrite an earlier result, if there is one, and how its model and settings differ."""
     try:
         earlier = GradientNorms(folder)
-    except Refusal:  # nothing that main.py would use
+    except Refusal:  # main.py could not use what is there
         record.point_out_unknown(folder)
         return
     now = {**provenance, "weights": "this model's"}
@@ -159,7 +159,7 @@ def point_out_earlier(folder: Path, provenance: dict, decoder: Decoder) -> None:
 
 
 def checksum(windows: torch.Tensor) -> str:
-    """Tells a resumed run that the windows are the same."""
+    """SHA-256 of the windows, which tells a resumed run whether they are the same."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """A dense model and calibration windows in, a folder with the l1 and l2 norm of every weight's gradient out.
 
-backward.py sends samples through the blocks and back, walk.py in groups; sums.py adds up their gradients, resume.py keeps
-unfinished sums on disk, folder.py writes and reads the result: `lib.pruning` is given the norms it reads, and nothing else
-passes between the two.
+walk.py goes over the samples in groups, and backward.py sends a group through the blocks and back. sums.py adds up the
+gradients, resume.py stores unfinished sums on disk, and folder.py writes and reads the result. The norms that folder.py reads
+are all that passes from here to `lib.pruning`.
 """

@@ -1,10 +1,10 @@
 """Gradient norms on disk: one safetensors file per block and an `index.json` that says what made them.
 
     gradients_aggregrate_norm_l2_model_NAME/
-        block_000.safetensors ...    keys as published, "self_attn.q_proj_layer_0": (out, in), float16 or float32, scale baked in
+        block_000.safetensors ...    keys as published, "self_attn.q_proj_layer_0": (out, in), float16 or float32, scaled
         index.json                   written last: provenance, fingerprint of the model, each file's checksum
 
-The published format, one .pth file with a dict of float16 tensors of scale 100, is read too.
+The published format, one .pth file with a dict of float16 tensors of scale 100, can be read as well.
 """
 
 import hashlib
@@ -28,25 +28,26 @@ from lib.models.decoder import Decoder
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
-DTYPE_SLACK = 2.0**-7  # one unit in the last place of bfloat16: what running in another dtype may do to a weight
+DTYPE_SLACK = 2.0**-7  # relative, one unit in the last place of bfloat16: a weight may change so much in another dtype
 REMEDY = "compute the gradients again with gradient_computation.py"
 
 
 def folder_of(output_dir: str, llama_version: int, norm: str, model: str) -> Path:
-    """Where the published code puts the norms of a model, without its extension (and with its misspelling)."""
+    """Where the published code puts the norms of a model, with its misspelling but without its file extension."""
     name = Path(model.rstrip("/")).name
     return Path(output_dir, f"llama{llama_version}", f"gradients_aggregrate_norm_{norm}_model_{name}")
 
 
-def key_of(linear: str, block: int) -> str:
-    """The published key of a linear."""
-    return f"{linear}_layer_{block}"
+def key_of(matrix: str, block: int) -> str:
+    """The published key of a matrix."""
+    return f"{matrix}_layer_{block}"
 
 
 def scales_of(dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the largest scale of norms stored in `dtype`: between them a gradient of norm 1 can be stored.
+    """The least and the largest scale with which a gradient of norm 1 can be stored in `dtype`.
 
-    In float16 that is what float16 holds. In float32 the squares of scaled gradients, summed in fp32, set the limits.
+    For float16 these are the least and the largest number it holds. For float32 they are the square roots of those numbers,
+    because the squares of scaled gradients are summed in fp32.
     """
     info = torch.finfo(dtype)
     if dtype == torch.float32:
@@ -57,8 +58,8 @@ def scales_of(dtype: torch.dtype) -> tuple[float, float]:
 class GradientWriter:
     """Writes a gradient folder under a temporary name and renames it when its index is in place.
 
-    Of several processes each makes one, any writes blocks, and all finish together. A context manager: left before `finish`,
-    nothing of it stays, and an earlier result is what it was.
+    If there are several processes, each has a writer, any of them may write a block, and all call `finish`. It is a context
+    manager: if it is left before `finish`, nothing of the new folder stays, and an earlier result is unchanged.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float16):
@@ -72,23 +73,23 @@ class GradientWriter:
         self.partial.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, dict] = {}
         self.fingerprint: dict[str, list[float]] = {}
-        self.total = self.underflow = self.overflow = 0  # norms; of them those that became 0, or were cut, when stored
+        self.total = self.underflow = self.overflow = 0  # norms; how many of them became 0, or were cut, when stored
 
     def write_block(self, i: int, norms: dict[str, torch.Tensor], fingerprint: dict[str, torch.Tensor]) -> None:
-        """Write the norms {linear: (out, in)} of block `i` and remember the fingerprint of its weights.
+        """Write the norms {matrix: (out, in)} of block `i` and remember the fingerprint of its weights.
 
         Raises:
-            ValueError: a norm that is NaN or infinite before it is stored.
+            InvalidInput: a norm is NaN or infinite before it is stored.
         """
-        tensors, looks = {}, []
+        tensors, checks = {}, []
         for name, norm in norms.items():
             stored = tensors[key_of(name, i)] = norm.to(self.dtype).contiguous()
             underflow = norm.count_nonzero() - stored.count_nonzero()
-            looks.append(torch.stack([norm.amax().isfinite(), underflow, stored.isinf().sum()]))
+            checks.append(torch.stack([norm.amax().isfinite(), underflow, stored.isinf().sum()]))
             self.total += norm.numel()
             self.fingerprint[key_of(name, i)] = fingerprint[name].tolist()
-        looks = torch.stack(looks).tolist() if looks else []  # none: a block that the forward skips
-        for (key, stored), (finite, underflow, overflow) in zip(tensors.items(), looks, strict=True):
+        checks = torch.stack(checks).tolist() if checks else []  # empty for a block that the forward pass skips
+        for (key, stored), (finite, underflow, overflow) in zip(tensors.items(), checks, strict=True):
             if not finite:
                 raise InvalidInput(f"{key} holds NaN or infinity: use a smaller --scale, or --dtype float32")
             self.underflow += underflow
@@ -107,7 +108,7 @@ class GradientWriter:
             return
         if self.underflow or self.overflow:
             logger.warning(
-                "of %d norms stored in %s, %d became 0 and %d were cut to its largest: --norm_dtype float32 keeps more of them",
+                "of %d norms stored in %s, %d became 0 and %d were cut to its largest number: --norm_dtype float32 loses fewer",
                 self.total, self.dtype, self.underflow, self.overflow,
             )  # fmt: skip
         index = {
@@ -130,7 +131,7 @@ class GradientWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _collect(self) -> None:
-        """What all processes have written, for the index."""
+        """Put together for the index what all processes have written."""
         written = parallel.gather((self.files, self.fingerprint, self.total, self.underflow, self.overflow))
         files, fingerprints, *counts = zip(*written, strict=True)
         self.files, self.fingerprint = ({k: v for part in parts for k, v in part.items()} for parts in (files, fingerprints))
@@ -138,10 +139,11 @@ class GradientWriter:
 
 
 class GradientNorms:
-    """Gradient norms on disk, one block at a time: a folder of ours, or a published .pth file.
+    """Gradient norms on disk, read one block at a time: a folder that `GradientWriter` wrote, or a published .pth file.
 
     Raises:
-        FileNotFoundError: no such path, or a folder without its index. ValueError: not one of the two formats.
+        MissingInput: there is no such path, or it is a folder without an index.
+        InvalidInput: it has neither of the two formats.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -176,16 +178,16 @@ class GradientNorms:
                 raise InvalidInput(f"{path} holds {strange[0]}, and is not the published dict of tensors: {REMEDY}")
 
     def block(self, i: int) -> dict[str, torch.Tensor]:
-        """The norms of block `i` as stored: {linear: (out, in)}, mapped."""
+        """The norms of block `i` as they are stored: {matrix: (out, in)}, mapped."""
         suffix = key_of("", i)
         tensors = load_file(self.path / self._file(i)) if self.path.is_dir() else self.published
         return {key.removesuffix(suffix): tensor for key, tensor in tensors.items() if key.endswith(suffix)}
 
     def check(self, decoder: Decoder) -> None:
-        """Compare all of it with a model, a block at a time; raise ValueError naming the first tensor that is wrong."""
-        held = len(self.files) or len({key.rpartition("_layer_")[2] for key in self.published})
-        if held != len(decoder):
-            raise InvalidInput(f"{self.path} holds {held} blocks, the model has {len(decoder)}: it belongs to another model")
+        """Compare all norms with a model, a block at a time; raise InvalidInput naming the first tensor that is wrong."""
+        blocks = len(self.files) or len({key.rpartition("_layer_")[2] for key in self.published})
+        if blocks != len(decoder):
+            raise InvalidInput(f"{self.path} holds {blocks} blocks, the model has {len(decoder)}: it belongs to another model")
         for i in range(len(decoder)):
             shapes = decoder.shapes(i)
             keys = {name: key_of(name, i) for name in shapes}
@@ -195,10 +197,9 @@ class GradientNorms:
             for name, shape in shapes.items():
                 if name not in norms:
                     raise InvalidInput(f"{self.path} has no tensor {keys[name]}: it belongs to another model, or {REMEDY}")
-                if tuple(norms[name].shape) != tuple(shape):
-                    found = tuple(norms[name].shape)
+                if (stored := tuple(norms[name].shape)) != tuple(shape):
                     raise InvalidInput(
-                        f"{keys[name]} in {self.path} is {found}, the model's is {tuple(shape)}: it belongs to another model"
+                        f"{keys[name]} in {self.path} is {stored}, the model's is {tuple(shape)}: it belongs to another model"
                     )
                 if not torch.isfinite(norms[name]).all():
                     raise InvalidInput(
@@ -209,14 +210,14 @@ class GradientNorms:
                     if not _same_weights(weights, self.fingerprint.get(keys[name])):
                         raise InvalidInput(
                             f"{keys[name]} in {self.path} was computed for other weights ({self.index.get('model')}): "
-                            f"gradients come from the dense model that is pruned, so {REMEDY}"
+                            f"gradients must come from the dense model that is to be pruned, so {REMEDY}"
                         )
 
     def is_of(self, decoder: Decoder) -> bool:
-        """Whether these are the norms of this model's weights, as far as the index tells."""
-        recorded = {key_of(name, i): few for i in range(len(decoder)) for name, few in fingerprint.of_block(decoder, i).items()}
-        return recorded.keys() == self.fingerprint.keys() and all(
-            _same_weights(few, self.fingerprint[key]) for key, few in recorded.items()
+        """Whether these are the norms of this model's weights, as far as the index can tell."""
+        weights = {key_of(name, i): few for i in range(len(decoder)) for name, few in fingerprint.of_block(decoder, i).items()}
+        return weights.keys() == self.fingerprint.keys() and all(
+            _same_weights(few, self.fingerprint[key]) for key, few in weights.items()
         )
 
     def _file(self, i: int) -> str:
@@ -243,5 +244,5 @@ def _same_weights(weights: torch.Tensor, recorded: list[float] | None) -> bool:
         return False
     recorded = torch.tensor(recorded)
     largest = torch.maximum(weights.abs(), recorded.abs())
-    tiny = torch.finfo(torch.float16).smallest_normal  # below it float16 rounds coarser than DTYPE_SLACK
+    tiny = torch.finfo(torch.float16).smallest_normal  # below it, float16 rounds more coarsely than DTYPE_SLACK
     return bool(((weights - recorded).abs() <= DTYPE_SLACK * largest.clamp(min=tiny)).all())

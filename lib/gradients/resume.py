@@ -1,11 +1,11 @@
-"""Unfinished gradient sums on disk: what a run needs to go on, between groups of samples and after it was killed.
+"""Unfinished gradient sums on disk: what a run needs to continue, between groups of samples and after it was killed.
 
     gradients_work_NAME/
         state.json            how many samples the sums cover, and the settings they were made with; replaced atomically
         samples_00016/        the sums over the first 16 samples, one safetensors file per block
 
-A group writes its sums beside those of the group before, which are deleted when state.json names the new ones: whenever the
-process dies, the sums that state.json names are whole.
+A group writes its sums beside those of the group before, which are deleted once state.json names the new ones. So whenever
+the process dies, the sums that state.json names are complete.
 """
 
 import json
@@ -28,21 +28,22 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 SAVED_AFTER = 60.0  # seconds of work that a resident run may lose when it is killed
-SAVING_SHARE = 0.1  # of its time that saving may take: what takes long is done less often
+SAVING_SHARE = 0.1  # of a run's time that saving may take: slow saving is done less often
 
 
 class GradientWork(MutableMapping):
-    """{block index: BlockSums} on disk. Reads give the sums of the last commit, writes become visible at the next.
+    """{block index: BlockSums} on disk. Reading gives the sums of the last commit, writing becomes visible at the next one.
 
-    A context manager: however it is left, nothing half-written and no lock stays; committed sums stay until `remove`.
+    It is a context manager. However it is left, it leaves no lock and nothing half-written. Committed sums stay until `remove`.
 
     Args:
-        folder: where to keep it. `settings`: what the sums depend on; compared with what is there when resuming.
-        resume: go on from what is there (nothing there: start anew). Otherwise it is deleted.
+        folder: where the sums are stored.
+        settings: all that the sums depend on. A resumed run must have the same.
+        resume: continue from the sums in the folder, or start from nothing if there are none. Otherwise they are deleted.
 
     Raises:
-        ValueError: resuming with other settings (the message names the difference) or from a damaged state, or another
-            run has the folder.
+        InvalidInput: the folder has the sums of other settings (the message names the difference) or a damaged state, or
+            another run is using it.
     """
 
     def __init__(self, folder: Path, settings: dict, device: torch.device, resume: bool = False):
@@ -51,7 +52,7 @@ class GradientWork(MutableMapping):
         self.device = device
         self.done = 0
         self.missing: dict[str, int] = {}
-        self.saved, self.took = time.monotonic(), 0.0
+        self.saved, self.took = time.monotonic(), 0.0  # when sums were last saved, and the seconds that it took
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder.with_name(folder.name + ".lock"))  # the system releases it when the process dies
         try:
@@ -69,13 +70,13 @@ class GradientWork(MutableMapping):
         if (self.folder / STATE).is_file():
             recorded = _read_state(self.folder / STATE) if resume else None
             if recorded is None:
-                logger.warning("the unfinished sums in %s are deleted: --resume would go on with them", self.folder)
+                logger.warning("the unfinished sums in %s are deleted: --resume would have continued with them", self.folder)
             else:
                 for key, value in self.settings.items():
                     if recorded["settings"].get(key) != value:
                         raise InvalidInput(
                             f"cannot resume: {key} was {recorded['settings'].get(key)!r} and is now {value!r} ({self.folder}); "
-                            "use the same flags (of --memory auto, what it chose), or start anew without --resume"
+                            "use the same flags (instead of --memory auto, what it decided on), or start anew without --resume"
                         )
                 self.done, self.missing = recorded["done"], recorded["missing"]
         if not self.done:
@@ -94,7 +95,7 @@ class GradientWork(MutableMapping):
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._unlock()
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # if it is not empty, it stays
             self.folder.parent.rmdir()
 
     def __getitem__(self, i: int) -> BlockSums:
@@ -104,7 +105,7 @@ class GradientWork(MutableMapping):
         sums = BlockSums(self.settings["norms"], self.settings["scale"])
         for key, total in load_file(file).items():
             norm, layout, name = key.split("/")
-            total = total.to(self.device, non_blocking=True)  # from a mapped file
+            total = total.to(self.device, non_blocking=True)
             sums.totals[norm][name] = total.T if layout == "transposed" else total
         return sums
 
@@ -114,7 +115,7 @@ class GradientWork(MutableMapping):
             for name, total in totals.items():
                 if total.is_contiguous():
                     tensors[f"{norm}/plain/{name}"] = total.cpu()
-                else:  # kept in autograd's layout, see BlockSums.add
+                else:  # the layout of autograd's gradients, see BlockSums.add
                     tensors[f"{norm}/transposed/{name}"] = total.T.contiguous().cpu()
         replace_file(self._next() / f"block_{i:03d}.safetensors", lambda path: save_file(tensors, path))
 
@@ -129,7 +130,7 @@ class GradientWork(MutableMapping):
         return sum(1 for _ in self)
 
     def commit(self, done: int, missing: dict[str, int]) -> None:
-        """The sums written since the last commit are those of the first `done` samples."""
+        """Make the sums written since the last commit the current ones: those of the first `done` samples."""
         before = self._sums(self.done)
         self._next().rename(self._sums(done))
         text = json.dumps({"done": done, "missing": missing, "settings": self.settings}, indent=1)
@@ -139,7 +140,7 @@ class GradientWork(MutableMapping):
         self._next().mkdir(exist_ok=True)
 
     def due(self) -> bool:
-        """Whether a run that has its sums in memory should save them."""
+        """Whether it is time that a run with its sums in memory saves them."""
         return time.monotonic() - self.saved >= max(SAVED_AFTER, self.took / SAVING_SHARE)
 
     def save(self, sums: Mapping[int, BlockSums], done: int, missing: dict[str, int]) -> None:
@@ -151,12 +152,12 @@ class GradientWork(MutableMapping):
         self.took = self.saved - start
 
     def remove(self) -> None:
-        """The result is in place: nothing here is needed any more."""
+        """Delete all sums, which nobody needs once the result is in place."""
         self.done = 0
         shutil.rmtree(self.folder)
 
     def _unlock(self) -> None:
-        with suppress(OSError):  # Windows removes no file that is open, and filelock does it there
+        with suppress(OSError):  # Windows does not remove an open file; there filelock removes it
             Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
 

@@ -1,18 +1,18 @@
-"""The sums of per-sample gradients: what one block's linears have collected so far, and their l1 and l2 norms."""
+"""Sums over samples of the gradients of one block's matrices, and their l1 and l2 norms."""
 
 import torch
 
 from lib import parallel
 from lib.models.matrices import Matrix
 
-CACHE_ELEMENTS = 2**17  # on a CPU a gradient is widened and added in parts: what they take stays in the cache
+CACHE_ELEMENTS = 2**17  # on a CPU a gradient is widened and added in parts of this size, which stay in its cache
 
 
 class BlockSums:
-    """Per-sample gradients of one block's linears, summed in fp32: `totals[norm][linear]` is (out, in).
+    """The gradients of one block's matrices, summed over samples in fp32: `totals[norm][matrix]` is (out, in).
 
-    Absolute values and squares are taken per sample; summing signed gradients first is a different, far worse score
-    (arXiv 2311.04902 reports perplexity 119.7 for it against 7.09).
+    Absolute values and squares are taken of each sample's gradient. Summing signed gradients first would be another, far worse
+    score (arXiv 2311.04902 reports a perplexity of 119.7 for it, against 7.09).
     """
 
     def __init__(self, norms: tuple[str, ...], scale: float):
@@ -20,11 +20,11 @@ class BlockSums:
         self.totals: dict[str, dict[str, torch.Tensor]] = {norm: {} for norm in norms}
 
     def add(self, name: str, gradient: torch.Tensor, loss_scale: float = 1.0) -> None:
-        """Add one sample's gradient (out, in), of a loss multiplied by `loss_scale`. The gradient's memory is reused."""
+        """Add one sample's gradient (out, in) of a loss that was multiplied by `loss_scale`. Overwrites the gradient."""
         factor = self.scale / loss_scale
         first = not all(name in totals for totals in self.totals.values())
         for totals in self.totals.values() if first else ():
-            # Laid out as autograd lays gradients out, often transposed: no copy for each sample.
+            # In the layout of autograd's gradients, which are often transposed: otherwise every sample would need a copy.
             totals[name] = torch.empty_like(gradient, dtype=torch.float32)
         parts = {norm: _parts(totals[name]) for norm, totals in self.totals.items()}
         stride = next(iter(self.totals.values()))[name].stride()
@@ -42,24 +42,29 @@ class BlockSums:
                     parts["l1"][k].add_(part.abs_(), alpha=factor)
 
     def of_all_ranks(self, linears: dict[str, Matrix], device: torch.device, owner: int = 0) -> "BlockSums":
-        """The sums of all processes, in place, in process `owner` and no other. A linear without any gradient here counts as zeros on `device`."""
+        """Add up the sums of all processes, in place; process `owner` then has the result, the others have nothing of use.
+
+        A matrix without a gradient in this process counts as zeros on `device`.
+        """
         for totals in self.totals.values():
             for name, linear in linears.items():
                 if name not in totals:
                     totals[name] = torch.zeros(linear.shape, dtype=torch.float32, device=device)
-                if parallel.world() > 1:  # whose layouts may differ
+                if parallel.world() > 1:  # the layouts of the processes may differ, so each makes its own contiguous
                     totals[name] = parallel.add_up_at(totals[name].contiguous(), owner)
         return self
 
     def result(self, norm: str) -> dict[str, torch.Tensor]:
-        """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples. Consumes the
-        sums and keeps their layout, which may be transposed."""
+        """l1: `sum_s |scale * G_s|`; l2: `sqrt(sum_s (scale * G_s)^2)`. Not divided by the number of samples.
+
+        Takes the sums out of `totals`. The norms have the layout of the sums, which may be transposed.
+        """
         totals = self.totals.pop(norm)
         return {name: total.sqrt_() if norm == "l2" else total for name, total in totals.items()}
 
 
 def _parts(tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> tuple[torch.Tensor, ...]:
-    """Flat views of a matrix in the order of its memory; it is copied first if its layout is not the one with `stride`."""
+    """Flat views of a matrix in the order of its memory. A matrix of other strides than `stride` is copied first."""
     if stride is not None and tensor.stride() != stride:
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)

@@ -122,7 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(command, tmp_path, caplog):
         run(*command, killed, "--resume", "--seed", 1)
     caplog.set_level(logging.INFO)
     run(*command, killed, "--resume")
-    assert "going on after" in caplog.text
+    assert "continuing after" in caplog.text
     assert contents(killed) == contents(whole)
 
 

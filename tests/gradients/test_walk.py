@@ -205,7 +205,7 @@ def test_linears_without_gradients_are_counted(caplog):
     decoder.blocks[1].mlp.up_proj.every = 0
     norms = ours(decoder, random_windows(4))
     assert (
-        "1 matrices got no gradient from any sample, they stay dense where a method needs gradients: model.layers.1."
+        "1 matrices got no gradient from any sample and stay dense where a method needs gradients: model.layers.1."
         in caplog.text
     )
     assert not norms["l2"]["model.layers.1.mlp.up_proj.linear"].any()
@@ -238,6 +238,6 @@ def test_a_block_that_some_samples_skip(skipped, keep_graph, caplog):
     limit[0] = torch.inf
     ours(decoder, windows, keep_graph=keep_graph)
     assert (
-        f"7 matrices got no gradient from any sample, they stay dense where a method needs gradients: model.layers.{skipped}."
+        f"7 matrices got no gradient from any sample and stay dense where a method needs gradients: model.layers.{skipped}."
         in caplog.text
     )

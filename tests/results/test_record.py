@@ -206,7 +206,7 @@ def test_unfinished_sums_are_not_deleted_in_silence(flags, tmp_path, caplog, mon
     assert {path.name for path in work.iterdir()} == {"state.json", "samples_00001"}  # what --resume needs, and no more
     assert not list(work.parent.glob("*.partial")) and not list(work.parent.glob("*.lock"))
     computed(*flags)
-    assert f"the unfinished sums in {work} are deleted: --resume would go on with them" in caplog.text
+    assert f"the unfinished sums in {work} are deleted: --resume would have continued with them" in caplog.text
 
 
 def test_more_positions_than_a_rotary_model_was_made_for(flags, tmp_path, caplog, documents):
