@@ -1,3 +1,5 @@
-"""A model and text in, what it is worth out: perplexity on windows of tokens (perplexity.py), of dense models as an earlier run has
-kept it (dense_cache.py); accuracy on tasks (zero_shot.py, through lm-evaluation-harness: harness.py).
+"""A model and text in, a measure of the model's quality out.
+
+Perplexity on windows of tokens is measured by perplexity.py. dense_cache.py stores the perplexities of dense models for later
+runs. zero_shot.py measures accuracy on tasks, through lm-evaluation-harness (harness.py).
 """

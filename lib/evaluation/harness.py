@@ -1,4 +1,4 @@
-"""A model of ours as lm-evaluation-harness sees it. The only module that cannot be imported without the package lm_eval."""
+"""A `Decoder`'s model in the form that lm-evaluation-harness takes. The only module that needs lm_eval to be imported."""
 
 import copy
 import logging
@@ -16,30 +16,30 @@ from lib import parallel
 
 
 class InMemory(HFLM):
-    """A model that is in memory already. Of several processes each answers its share of the requests."""
+    """A model that is in memory already. If there are several processes, each answers its share of the requests."""
 
     def __init__(self, model: torch.nn.Module, tokenizer, batch: int):
-        said = logging.getLogger(lm_eval.models.huggingface.__name__)
-        level = said.level
-        said.setLevel(logging.ERROR)  # it warns that models in memory are not its usual case
-        model.tie_weights = lambda: None  # it would tie weights that only the config calls tied
+        their_logger = logging.getLogger(lm_eval.models.huggingface.__name__)
+        level = their_logger.level
+        their_logger.setLevel(logging.ERROR)  # HFLM warns that a model in memory is not its usual case
+        model.tie_weights = lambda: None  # HFLM would tie weights that are tied in the config only
         try:
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
         finally:
             del model.tie_weights
-            said.setLevel(level)
+            their_logger.setLevel(level)
         self._rank, self._world_size = parallel.rank(), parallel.world()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Every rank's number."""
+        """A tensor with every process' number."""
         return torch.tensor(parallel.gather(tensor.item()))
 
     def gather_object(self, obj, dst: int = 0) -> list:
-        """Every rank's `obj`, on all of them."""
+        """The `obj` of every process, in all of them."""
         return parallel.gather(obj)
 
     def barrier(self) -> None:
-        """Return when every rank has called this."""
+        """Return when every process has called this."""
         parallel.wait()
 
 
@@ -48,8 +48,8 @@ def _on_a_terminal(*args, disable: bool = False, **options) -> tqdm:
 
 
 for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-    module.tqdm = _on_a_terminal  # a log file is no place for its bars
+    module.tqdm = _on_a_terminal  # a log file is not a place for progress bars
 
-# They start git, pip and lscpu, for what nobody here reads.
+# They start git, pip and lscpu to collect what nobody reads here.
 lm_eval.evaluator.get_git_commit_hash = lambda: None
 lm_eval.evaluator.add_env_info = lambda results: None

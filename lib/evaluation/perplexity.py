@@ -9,7 +9,7 @@ from lib import parallel
 from lib.errors import InvalidInput
 from lib.models.decoder import Decoder
 
-HOPELESS = 1000.0  # a dense perplexity beyond it says that model, tokenizer and text do not belong together
+HOPELESS = 1000.0  # with a dense perplexity beyond this, model, tokenizer and text do not belong together
 
 
 @torch.no_grad()
@@ -18,15 +18,16 @@ def perplexity(
 ) -> float:
     """`exp` of the mean over windows (n, T) of each window's mean cross-entropy over its T - 1 targets.
 
-    `batch` windows are one forward pass; the result does not depend on it but for rounding. `group` windows (at least a
-    batch) go through a block before the next is needed, so a streamed block is read once for all of them; the result does
-    not depend on it at all. Several processes share the windows.
+    Args:
+        batch: number of windows in a forward pass. It changes the result by rounding only.
+        group: number of windows (at least a batch) that go through a block before the next block is needed: a streamed block
+            is read once for all of them. It does not change the result at all.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
-    own, size = parallel.share(windows).to(decoder.device), max(batch, group // batch * batch)
-    with tqdm(total=len(own), desc=progress, unit="window", disable=parallel.rank() > 0 or None) as bar:
-        for start in range(0, len(own), size):  # not split(): a process may have no window at all
-            parts = own[start : start + size].split(batch)
+    share, size = parallel.share(windows).to(decoder.device), max(batch, group // batch * batch)
+    with tqdm(total=len(share), desc=progress, unit="window", disable=parallel.rank() > 0 or None) as bar:
+        for start in range(0, len(share), size):  # not split(), because a process may have no window at all
+            parts = share[start : start + size].split(batch)
             states = [decoder.enter(part) for part in parts]
             for i in range(len(decoder)):
                 with decoder.resident(i):
@@ -38,24 +39,24 @@ def perplexity(
 
 
 def require_sensible(dense: float, decoder: Decoder, tokenizer, text: str, model: str) -> None:
-    """Refuse a dense perplexity that says that nothing measured from here on would mean anything.
+    """Raise InvalidInput for a dense perplexity so high that no later measurement would mean anything.
 
-    `text` is what it was measured on, `model` what the model is called.
+    `text` is a phrase such as "on wikitext2" that says what it was measured on, `model` the name of the model.
     """
     if dense <= HOPELESS:
         return
     reasons = (
-        f"{type(tokenizer).__name__} of {len(tokenizer)} tokens may not be this model's tokenizer, the text not in a language it "
-        f"knows, or {model} not a trained model"
+        f"{type(tokenizer).__name__} of {len(tokenizer)} tokens may not be this model's tokenizer, the text may not be in a "
+        f"language it knows, or {model} may not be a trained model"
     )
     if not math.isfinite(dense):
         dtype = str(decoder.model.dtype).removeprefix("torch.")
         overflow = {
             "float16": "where numbers beyond 65504 overflow: use --dtype bfloat16 or float32",
-            "float32": "which is hardly too small for it: weights may be NaN or infinite",
+            "float32": "which is unlikely to be too small: weights may be NaN or infinite",
         }.get(dtype, "use --dtype float32")
         reasons = f"it was computed in {dtype}, {overflow}. Otherwise, {reasons}"
     raise InvalidInput(
-        f"the dense perplexity is {dense:.4g} {text}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; --force goes on all "
-        "the same"
+        f"the dense perplexity is {dense:.4g} {text}, beyond {HOPELESS:.0f}: {reasons}. Nothing was pruned; add --force "
+        "to go on all the same"
     )

@@ -57,7 +57,7 @@ def test_a_hopeless_one_is_not_kept_and_a_cache_that_cannot_be_written_is_no_err
     assert not (tmp_path / "cache" / "dense_perplexity").exists()
     (tmp_path / "cache" / "dense_perplexity").write_text("in the way")
     run("main.py", *command)
-    assert "is not kept for later runs" in caplog.text
+    assert "is not stored for later runs" in caplog.text
 
 
 def changed(change) -> dict:

@@ -167,7 +167,7 @@ def test_tasks_may_be_joined_with_commas(tmp_path, monkeypatch):
 
 def test_the_mean_is_over_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(zero_shot, "version", lambda package: "1.2")
-    found = zero_shot._found(
+    found = zero_shot._summary(
         {
             "group_subtasks": {"group": ["inner", "other"]},
             "results": {
