@@ -73,21 +73,21 @@ def measure_dense(args: argparse.Namespace, run: Run, phases: Phases) -> Outcome
     """The dense perplexities, an earlier run's where it has kept them; and accuracies, if they are asked for."""
     dense, reused = {}, set()
     with phases("dense perplexity"):
-        kept = DenseCache.of(run.decoder, args.cache_dir)
+        cache = DenseCache.of(run.decoder, args.cache_dir)
         for source, windows in run.evaluation.items():
-            earlier = None if args.no_cache else kept.find(windows)
+            earlier = None if args.no_cache else cache.find(windows)
             if earlier is None:
                 dense[source] = measure(args, run, windows, run.progress("dense perplexity", source))
             else:
                 dense[source] = earlier
                 reused.add(source)
-                logger.info("the dense perplexity %s is an earlier run's, --no_cache measures it anew", run.text(source))
+                logger.info("the dense perplexity %s is an earlier run's; --no_cache measures it anew", run.text(source))
             if parallel.rank() == 0:
                 print(f"dense perplexity {dense[source]:.4f} {run.text(source)}", flush=True)
             if not args.force:
                 require_sensible(dense[source], run.decoder, run.outline.tokenizer, run.text(source), args.model)
             if earlier is None:
-                kept.keep(windows, dense[source], run.text(source))
+                cache.keep(windows, dense[source], run.text(source))
     outcome = Outcome(dense, frozenset(reused))
     return score_tasks(args, run, phases, outcome, "dense") if args.eval_dense else outcome
 

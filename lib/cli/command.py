@@ -60,8 +60,8 @@ def _signals_unwind() -> Iterator[None]:
         print(f"{_command()}: ended by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
 
-    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: not all
-    before = {signum: signal.getsignal(signum) for signum in found}
+    available = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: not all
+    before = {signum: signal.getsignal(signum) for signum in available}
     before = {signum: handler for signum, handler in before.items() if handler != signal.SIG_IGN}  # nohup
     try:
         for signum in before:

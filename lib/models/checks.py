@@ -97,10 +97,10 @@ def _parameters(decoder: Decoder) -> Iterator[tuple[int, str, nn.Parameter, bool
     """(block, name inside it, parameter, whether it can be pruned) of all of them, those of several blocks once."""
     shared: set[str] = set()
     for i, block in enumerate(decoder.blocks):
-        own = {matrix.tensor_name for matrix in decoder.linears(i).values()}
+        prunable = {matrix.tensor_name for matrix in decoder.linears(i).values()}
         for name, parameter in block.named_parameters():
             if decoder.prefixes[i] + name in decoder.several:
                 if kind_of(name) in shared:
                     continue
                 shared.add(kind_of(name))
-            yield i, name, parameter, name in own
+            yield i, name, parameter, name in prunable

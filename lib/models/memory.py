@@ -65,13 +65,13 @@ class Needs:
 class Plan:
     """What `plan` has decided.
 
-    `streamed`: the blocks stay on disk. `hidden_states`: how many of a sample's hidden states may be kept at a time. `own`: what
-    else a sample keeps, in hidden states. `bytes`: {what: bytes} that are held besides.
+    `streamed`: the blocks stay on disk. `hidden_states`: how many of a sample's hidden states may be kept at a time.
+    `arguments`: what else a sample keeps, in hidden states. `bytes`: {what: bytes} that are held besides.
     """
 
     streamed: bool
     hidden_states: int
-    own: float = 0.0
+    arguments: float = 0.0
     bytes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -84,24 +84,24 @@ class Plan:
             return self
         logger.info("a kept sample takes %.1f times its width", (decoder.hidden_bytes + decoder.own_bytes) / planned)
         states = max(1, int(self.hidden_states * planned / decoder.hidden_bytes))
-        return replace(self, hidden_states=states, own=decoder.own_bytes / decoder.hidden_bytes)
+        return replace(self, hidden_states=states, arguments=decoder.own_bytes / decoder.hidden_bytes)
 
     @property
     def samples(self) -> int:
         """How many samples with one hidden state each may be kept."""
-        return max(1, int(self.hidden_states / (1 + self.own)))
+        return max(1, int(self.hidden_states / (1 + self.arguments)))
 
     def group(self, nsamples: int, states_per_sample: int) -> int:
         """Samples of a group, in as few and as equal groups as the kept hidden states allow."""
-        largest = max(1, int(self.hidden_states / (states_per_sample + self.own)))
+        largest = max(1, int(self.hidden_states / (states_per_sample + self.arguments)))
         return math.ceil(nsamples / math.ceil(nsamples / largest))
 
 
-def container_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def container_bytes(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
     """What the control groups of this process (cgroup v2: containers, batch jobs) leave it; infinity where none has a limit."""
     free = math.inf
     try:
-        group = root / own.read_text().rpartition("0::/")[2].strip()
+        group = root / process.read_text().rpartition("0::/")[2].strip()
     except OSError:
         return free
     for folder in (group, *group.parents):
@@ -152,12 +152,12 @@ def plan(
         held["weights"] -= (sum(blocks) - max(blocks)) * dtype.itemsize
         held["sums of gradients"] = max(blocks) * needs.sums_per_weight
         held["graph"] //= len(decoder)
-    chosen = Plan(streamed, max(1, int(budget // state)), bytes=held)
+    decided = Plan(streamed, max(1, int(budget // state)), bytes=held)
     logger.info(
         "%s (--memory %s): a resident run needs about %.1f GB besides the process itself, %.1f GB are free on %s; to be held: %s",
-        "streamed" if streamed else "resident", memory, needed / 1e9, free / 1e9, device, chosen,
+        "streamed" if streamed else "resident", memory, needed / 1e9, free / 1e9, device, decided,
     )  # fmt: skip
-    return chosen
+    return decided
 
 
 @contextmanager

@@ -141,12 +141,12 @@ def _selected(values: torch.Tensor, position: int, reordered: bool = False) -> t
         return values.kthvalue(position + 1, dim=-1, keepdim=True).values
     # numpy has vector instructions for it: 4 to 10 times as fast as kthvalue (measured). A copy of all values at once would
     # take as long again.
-    found = []
+    selected = []
     for rows in values.split(max(1, PART // values.shape[-1])) if values.ndim > 1 else (values,):
         rows = rows.detach().numpy() if reordered else rows.detach().numpy().copy()
         rows.partition(position)
-        found.append(torch.from_numpy(rows[..., position : position + 1].copy()))
-    return torch.cat(found)
+        selected.append(torch.from_numpy(rows[..., position : position + 1].copy()))
+    return torch.cat(selected)
 
 
 def _lowest(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -71,9 +71,9 @@ def prune(
                     weight.masked_fill_(mask_of(scores.magnitude(weight), target), 0)
                 elif settings.masks_only:
                     x_norm = inputs[name].x_norm if name in inputs else None
-                    score = score_of(weight, x_norm, grad_norm)
+                    score = score_of(weight, x_norm, grad_norm)  # |W| ||X|| + alpha |W| ||G||
                     mask = mask_of(score, target, group)
-                    weight.masked_fill_(mask, 0)
+                    weight.masked_fill_(mask, 0)  # W[mask] = 0
                     findings.watch(name, score)
                 else:
                     updated = update(weight, inputs[name], grad_norm, target, settings, partial(findings.watch, name))

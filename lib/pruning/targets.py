@@ -78,7 +78,7 @@ def _by_ratio(
     decoder: Decoder, names: dict[tuple[int, str], str], ratios: dict[str, float | str]
 ) -> dict[tuple[int, str], Sparsity]:
     """How much of which linear `ratios` say to remove; of several that match it the last one counts."""
-    found: dict[tuple[int, str], Sparsity] = {}
+    sparsities: dict[tuple[int, str], Sparsity] = {}
     for key, ratio in ratios.items():
         if key.isdecimal():
             if int(key) >= len(decoder):
@@ -88,20 +88,20 @@ def _by_ratio(
             matching = [linear for linear in names if linear[0] == int(key)]
         else:
             matching = _matching(key, names, "--layer_ratios", decoder)
-        found |= dict.fromkeys(matching, _sparsity(ratio))
-    return found
+        sparsities |= dict.fromkeys(matching, _sparsity(ratio))
+    return sparsities
 
 
 def total_ratio(decoder: Decoder, targets: Targets) -> float:
     """The share of zeros that `targets` ask for, over all linears of all blocks."""
     removed = total = 0.0
     for i in range(len(decoder)):
-        own = targets.get(i, {})
+        of_block = targets.get(i, {})
         for name, linear in (
-            decoder.linears(i) | {name: decoder.routers(i)[name] for name in own.keys() & decoder.routers(i).keys()}
+            decoder.linears(i) | {name: decoder.routers(i)[name] for name in of_block.keys() & decoder.routers(i).keys()}
         ).items():
             total += linear.shape.numel()
-            removed += linear.shape.numel() * own[name].ratio if name in own else 0
+            removed += linear.shape.numel() * of_block[name].ratio if name in of_block else 0
     return removed / total
 
 
@@ -207,8 +207,8 @@ def _sparsity(value: float | str) -> Sparsity:
 
 def _by_name(full: str, patterns: Sequence[str]) -> bool:
     """Whether a pattern ends with the very name of a router, such as "*.gate": "*.mlp.*" does not mean it."""
-    own = full.rpartition(".")[2]
-    return any(pattern.rpartition(".")[2] == own and fnmatchcase(full, pattern) for pattern in patterns)
+    short = full.rpartition(".")[2]
+    return any(pattern.rpartition(".")[2] == short and fnmatchcase(full, pattern) for pattern in patterns)
 
 
 def _matching(pattern: str, names: dict[tuple[int, str], str], flag: str, decoder: Decoder) -> list[tuple[int, str]]:

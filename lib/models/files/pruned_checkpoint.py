@@ -42,9 +42,9 @@ class Store:
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.dense = dense
         self.updated = updated
-        own = {self.folder, self.partial}  # which may lie in the dense folder
+        ours = {self.folder, self.partial}  # which may lie in the dense folder
         others = other_files(dense.checkpoint.folder)
-        self.others = {file: path for file, path in others.items() if not own & set(Path(os.path.realpath(path)).parents)}
+        self.others = {file: path for file, path in others.items() if not ours & set(Path(os.path.realpath(path)).parents)}
         self.shards: dict[str, SafetensorsFile] = {}  # a dense file -> its copy
         shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
         self.partial.mkdir(parents=True)
@@ -162,8 +162,8 @@ class Store:
 def foreign_weights(folder: str | os.PathLike) -> Path | None:
     """A file of weights in `folder` that a `Store` would replace and none has written; None if there is none."""
     weights = [path for path in sorted(Path(folder).glob("*")) if path.is_file() and is_weights(path)]
-    own = [path for path in weights if path.suffix == ".json" or (path.suffix == ".safetensors" and _pruned_by_us(path))]
-    return next((path for path in weights if path not in own), None)
+    ours = [path for path in weights if path.suffix == ".json" or (path.suffix == ".safetensors" and _pruned_by_us(path))]
+    return next((path for path in weights if path not in ours), None)
 
 
 def _pruned_by_us(path: Path) -> dict[str, str] | None:

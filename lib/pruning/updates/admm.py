@@ -7,7 +7,7 @@ import torch
 from lib.pruning.updates.precision import units_for
 from lib.pruning.updates.sparsegpt import dampen
 
-PENALTY = 1.0  # rho, of leaving the mask, in units of each input's own diagonal entry of H
+PENALTY = 1.0  # rho, of leaving the mask, in units of an input's diagonal entry of H
 
 
 def solve(
@@ -47,12 +47,12 @@ def solve(
     # Not cholesky_inverse, whose LAPACK routine takes ten times as long.
     pull = torch.cholesky_solve(torch.eye(len(lower), out=hessian), lower).mul_(penalty[:, None])
     mask = choose(dense, shares[0])
-    kept, dual = dense.masked_fill(mask, 0), dense.masked_fill(~mask, 0)
+    survivors, dual = dense.masked_fill(mask, 0), dense.masked_fill(~mask, 0)
     for share in shares[1:]:  # in place: at this size, new memory costs a third of a product
-        correction = kept.sub_(dual).sub_(dense)
+        correction = survivors.sub_(dual).sub_(dense)
         with units_for(dtype, dense.device):
             wanted = dual.add_(dense).addmm_(correction, pull)
         mask = choose(wanted, share)
-        kept = kept.copy_(wanted).masked_fill_(mask, 0)
-        dual = wanted.sub_(kept)
-    return mask, kept.masked_fill_(failed != 0, torch.nan)
+        survivors = survivors.copy_(wanted).masked_fill_(mask, 0)
+        dual = wanted.sub_(survivors)
+    return mask, survivors.masked_fill_(failed != 0, torch.nan)

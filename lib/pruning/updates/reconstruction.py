@@ -34,36 +34,36 @@ def reconstruct(
 
     Returns the loss on the windows held out (all of too few to hold any out), before and after: (2,).
     """
-    own = {sample: k for k, sample in enumerate(parallel.share(torch.arange(count)).tolist())}
+    place = {sample: k for k, sample in enumerate(parallel.share(torch.arange(count)).tolist())}
     training, held = torch.arange(count).split([count - count // ONE_IN, count // ONE_IN])
     held = held if len(held) else training
     dtype, device = decoder.model.dtype, decoder.device
-    stored, kept = _trained(linears)
+    stored, survivors = _trained(linears)
     weights = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in stored.items()}
 
     def loss(j: int) -> torch.Tensor:
-        state, target = states[own[j]], targets[own[j]].hidden.to(device)
+        state, target = states[place[j]], targets[place[j]].hidden.to(device)
         values = {name: weight.to(dtype) for name, weight in weights.items()}
         output = decoder.run(i, state.hidden.to(device), state.kwargs[i], weights=values)
         return relative_error(output, target)
 
     def error() -> float:
-        own_loss = sum((loss(j) for j in held.tolist() if j in own), torch.zeros((), device=device))
-        return parallel.add_up(own_loss).item() / len(held)
+        loss_here = sum((loss(j) for j in held.tolist() if j in place), torch.zeros((), device=device))
+        return parallel.add_up(loss_here).item() / len(held)
 
     batch = max(BATCH, parallel.world())
-    optimizer, decay = _adam(weights, kept, rate, epochs * -(-len(training) // batch))
+    optimizer, decay = _adam(weights, survivors, rate, epochs * -(-len(training) // batch))
     generator = torch.Generator().manual_seed(i)
     before = best = error()
     for _ in range(epochs):
         for samples in _batches(training, batch, generator):
             for j in samples:
-                if j in own:
+                if j in place:
                     with torch.enable_grad():
                         # In float16, gradients of a mean over tokens would vanish. Adam does not see the scale.
-                        scale = states[own[j]].hidden.shape[:-1].numel() if dtype == torch.float16 else 1
+                        scale = states[place[j]].hidden.shape[:-1].numel() if dtype == torch.float16 else 1
                         (loss(j) * scale).backward()
-            _add_up_gradients(weights, kept)
+            _add_up_gradients(weights, survivors)
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
@@ -74,11 +74,11 @@ def reconstruct(
     return torch.tensor([before, best], device=device)
 
 
-def _add_up_gradients(weights: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
-    """Make the gradients those of all processes' windows, of kept weights only."""
+def _add_up_gradients(weights: dict[str, torch.Tensor], survivors: dict[str, torch.Tensor]) -> None:
+    """Make the gradients those of all processes' windows, of surviving weights only."""
     for name, weight in weights.items():
         total = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        weight.grad = parallel.add_up(total).mul_(kept[name])
+        weight.grad = parallel.add_up(total).mul_(survivors[name])
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -95,28 +95,28 @@ def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _trained(linears: dict[str, Matrix]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors of a block that hold `linears`, by their names in its state, and where each of them may change."""
-    stored, kept = {}, {}
+    stored, survivors = {}, {}
     for linear in linears.values():
         name = linear.tensor_name
         stored.setdefault(name, getattr(linear.module, linear.parameter).detach())
-        free = kept.setdefault(name, torch.zeros_like(stored[name], dtype=torch.bool))
+        free = survivors.setdefault(name, torch.zeros_like(stored[name], dtype=torch.bool))
         part = free if linear.index is None else free[linear.index]  # of a stack, only what was pruned
         part.copy_(linear.stored != 0)
-    return stored, kept
+    return stored, survivors
 
 
-def _adam(weights: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], rate: float, steps: int):
-    """Adam, and a schedule: a matrix' rate falls linearly to 0 from `rate` times the root mean square of its kept weights, which
+def _adam(weights: dict[str, torch.Tensor], survivors: dict[str, torch.Tensor], rate: float, steps: int):
+    """Adam, and a schedule: a matrix' rate falls linearly to 0 from `rate` times the root mean square of its survivors, which
     differs tenfold between models."""
-    scales = torch.stack([_scale(weight, kept[name]) for name, weight in weights.items()]).tolist()
+    scales = torch.stack([_scale(weight, survivors[name]) for name, weight in weights.items()]).tolist()
     groups = [{"params": [weight], "lr": rate * scale} for weight, scale in zip(weights.values(), scales, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
 
 
-def _scale(weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The root mean square of the kept weights, 0 if none are."""
-    return (weight.square().mul(kept).sum() / kept.sum().clamp(min=1)).sqrt()
+def _scale(weight: torch.Tensor, survivors: torch.Tensor) -> torch.Tensor:
+    """The root mean square of the survivors, 0 if none are."""
+    return (weight.square().mul(survivors).sum() / survivors.sum().clamp(min=1)).sqrt()
 
 
 def _batches(samples: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[list[int]]:

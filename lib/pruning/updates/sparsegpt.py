@@ -33,8 +33,8 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, remove: masks.Sparsity | 
         (non-finite activations): raising an error here would make the host wait for a GPU.
     """
     w = weight.to(hessian.dtype, copy=True)
-    given = remove if isinstance(remove, torch.Tensor) else None
-    sparsity = masks.Sparsity(1.0) if given is not None else remove
+    fixed_mask = remove if isinstance(remove, torch.Tensor) else None
+    sparsity = masks.Sparsity(1.0) if fixed_mask is not None else remove
     w.masked_fill_(dampen(hessian), 0)
     lower, failed = torch.linalg.cholesky_ex(hessian)
     inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # upper factor of H^-1
@@ -46,8 +46,8 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, remove: masks.Sparsity | 
         w_block, inv_block = w[:, columns], inverse[columns, columns]
         scale = inv_block.diagonal().square()
         errors = torch.zeros_like(w_block)
-        if given is not None:
-            mask = given[:, columns]
+        if fixed_mask is not None:
+            mask = fixed_mask[:, columns]
         elif sparsity.m:
             mask = torch.zeros_like(w_block, dtype=torch.bool)
         elif sparsity.ratio == 0:
