@@ -5,7 +5,7 @@
     python scripts/collect_results.py --fill MODEL_ZOO.md
 
 Results are results.json of main.py and the .jsonl of scripts/table.py. --fill
-makes the tables of a page anew, each between two lines such as
+makes the tables of a page anew. Each stands between two lines such as
 
     <!-- table docs/results/demo.jsonl --each --where seed=0 -->
     <!-- end of table -->
@@ -28,27 +28,35 @@ from lib.results.read import Run
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"^(<!-- table ([^\n]+) -->)$.*?^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE)
 MEASURED = ("seeds", "dense", "perplexity", "rho", "sparsity", "seconds", "memory")
-PRUNING = {"choose alpha", "choose layer_ratios", "prune"}  # phases
-TITLES = {"seconds": "seconds: pruning + perplexity", "memory": "peak memory, GB"}
+# Phases whose seconds are those of pruning; earlier versions called a search "choose ...".
+PRUNING = {"prune", *(f"{verb} {flag}" for verb in ("search", "choose") for flag in ("alpha", "layer_ratios"))}
+TITLES = {"seconds": "seconds: pruning + perplexity", "memory": "peak memory, GB"}  # of columns that are not called as they are
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", metavar="RESULTS", help="folders, results.json, .jsonl")
-    parser.add_argument("--each", action="store_true", help="a row for each run, no means over seeds")
+    parser.add_argument("results", nargs="*", metavar="RESULTS", help="folders, results.json files or .jsonl files")
+    parser.add_argument("--each", action="store_true", help="make a row for each run, without means over seeds")
     parser.add_argument(
-        "--where", nargs="+", default=[], metavar="NAME=VALUES", help="only these runs: seed=0, method=gblm,wanda, alpha=,100"
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUES",
+        help="take only runs with these settings, such as seed=0, method=gblm,wanda or alpha=,100",
     )
     parser.add_argument(
-        "--columns", nargs="+", metavar="NAME", help="(default: what differs between runs, and all that is measured)"
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of the table (default: the settings in which runs differ, and all that was measured)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("out/results"),
         metavar="NAME",
-        help="of NAME.md and NAME.csv (default: %(default)s)",
+        help="where to write NAME.md and NAME.csv (default: %(default)s)",
     )
     parser.add_argument("--fill", nargs="+", type=Path, default=[], metavar="PAGE", help="make the tables of these pages anew")
     args = parser.parse_args(argv)
@@ -67,9 +75,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"tables of {page} made anew")
     if args.fill:
         return
-    groups = chosen(args)
+    groups = groups_of(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    lines, (markdown, table) = markdown_of(groups, args.columns), (args.output.with_suffix(end) for end in (".md", ".csv"))
+    lines = markdown_of(groups, args.columns)
+    markdown, table = (args.output.with_suffix(end) for end in (".md", ".csv"))
     markdown.write_text("\n".join(lines) + "\n")
     write_csv(table, groups, args.columns)
     print(*lines, sep="\n")
@@ -77,21 +86,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 def filled(page: str) -> str:
-    """A page with its tables made anew, each by the command line in the line above it; places count from the repository."""
+    """A page with its tables made anew, each by the flags in the line above it; paths are relative to the repository."""
 
     def table(match: re.Match) -> str:
         args = parse(shlex.split(match[2]))
         args.results = [ROOT / place for place in args.results]
-        return "\n".join([match[1], "", *markdown_of(chosen(args), args.columns), "", match[3]])
+        return "\n".join([match[1], "", *markdown_of(groups_of(args), args.columns), "", match[3]])
 
     return TABLE.sub(table, page)
 
 
-def chosen(args: argparse.Namespace) -> list[list[Run]]:
-    """The rows of a table: runs of equal settings, or each alone.
+def groups_of(args: argparse.Namespace) -> list[list[Run]]:
+    """The runs of each row of a table: those that differ only in their seeds, or with --each a single one.
 
     Raises:
-        ValueError: no run is left, or a name that no run has.
+        InvalidInput: --where leaves no run, or names a setting that no run has; or see `read.read`.
+        MissingInput: see `read.read`.
     """
     runs = read.read(args.results)
     for name, _, values in (text.partition("=") for text in args.where):
@@ -104,12 +114,17 @@ def chosen(args: argparse.Namespace) -> list[list[Run]]:
 
 
 def setting(run: Run, name: str) -> str:
+    """The value of a setting, or of the seed, as tables and --where write it; empty if the run does not have it."""
     value = run.seed if name == "seed" else run.settings.get(name)
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def columns_of(groups: list[list[Run]], columns: list[str] | None) -> list[str]:
-    """The columns asked for; or method, the settings that differ, and what was measured of any run."""
+    """The columns that are asked for; else the method, the settings in which runs differ, and whatever was measured of any run.
+
+    Raises:
+        InvalidInput: a column that there is not.
+    """
     runs = [run for group in groups for run in group]
     if columns is None:
         measured = [name for name in MEASURED if any(cell(group, name) for group in groups)]
@@ -121,7 +136,7 @@ def columns_of(groups: list[list[Run]], columns: list[str] | None) -> list[str]:
 
 
 def cell(group: list[Run], name: str) -> str:
-    """What a row says in a column; empty where that is not known."""
+    """The text of a cell: what a group of runs has in a column; empty if that is not known."""
     first = group[0]
     if name == "seeds":
         return ", ".join(str(run.seed) for run in group)
@@ -139,19 +154,19 @@ def cell(group: list[Run], name: str) -> str:
 
 
 def seconds_of(group: list[Run]) -> dict[str, float | None]:
-    """Mean seconds of pruning and of the pruned model's perplexity; of a dense model, the latter alone."""
+    """Mean seconds of pruning and of the pruned model's perplexity; of a dense model, those of its perplexity alone."""
     names = {"prune": PRUNING, "perplexity": {"pruned perplexity", "perplexity"}}
     if group[0].settings["method"] == "dense":
         del names["prune"]
-    found = {
+    seconds = {
         name: [sum(run.seconds.get(key, 0) for key in keys) for run in group if run.seconds.keys() & keys]
         for name, keys in names.items()
     }
-    return {name: statistics.mean(values) if values else None for name, values in found.items()}
+    return {name: statistics.mean(values) if values else None for name, values in seconds.items()}
 
 
 def markdown_of(groups: list[list[Run]], columns: list[str] | None) -> list[str]:
-    """The lines of a Markdown table."""
+    """The lines of a Markdown table, a row for each group of runs."""
     columns = columns_of(groups, columns)
     rows = [[TITLES.get(name, name) for name in columns], *([cell(group, name) for name in columns] for group in groups)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -159,7 +174,7 @@ def markdown_of(groups: list[list[Run]], columns: list[str] | None) -> list[str]
 
 
 def write_csv(path: Path, groups: list[list[Run]], columns: list[str] | None) -> None:
-    """The same rows with numbers as they are: the spread, and the seconds of each phase, in columns of their own."""
+    """Write the same rows as CSV, with numbers that are not rounded; the spread and the seconds of each phase are columns, too."""
     settings = [name for name in columns_of(groups, columns) if name not in MEASURED]
     rows = []
     for group in groups:

@@ -3,10 +3,10 @@
     python scripts/families.py --output docs/families.md
     python scripts/families.py mixtral gemma3
 
-A line for each type: works, and the share of its blocks' weights that can be pruned, or why not. Exits with 1 if one is wrong.
-Works means: block by block, loss and gradients equal those of autograd on the whole model; wanda's masks equal those of a
-naive restatement; read from its files block by block, the model is pruned to the very same weights; the checkpoint has the
-dense one's names and loads in plain transformers with the pruned model's logits.
+Prints a line for each type: that it works, and the share of its blocks' weights that can be pruned; or why it does not. Exits
+with 1 if a result is wrong. That a type works means: block by block, loss and gradients equal those of autograd on the whole
+model; Wanda's masks equal those of a naive restatement; read from its files block by block, the model is pruned to the very same
+weights; and the checkpoint has the dense one's names, and plain transformers loads it and gives the pruned model's logits.
 """
 
 import argparse
@@ -24,28 +24,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from restatements import Wrong, compare_gradients, compare_wanda, require_equal
 from tiny_configs import TYPES, VOCABULARY, WRAPPERS, tiny_model
 
 from lib.errors import InvalidInput
-from lib.gradients.walk import gradient_norms
 from lib.models import loading
 from lib.models.decoder import Decoder
 from lib.models.files.checkpoint import Checkpoint
 from lib.models.files.pruned_checkpoint import Store
-from lib.models.matrices import kind_of
 from lib.pruning.masks import Sparsity
 from lib.pruning.methods import Settings
 from lib.pruning.prune import prune
 from lib.pruning.targets import select
 
-SAMPLES, LENGTH, SCALE = 3, 12, 100.0
-TOLERANCE = 1e-4
+SAMPLES, LENGTH = 3, 12
 SECONDS = 300  # that a type may take
-LACKS = {  # of types that are not made
+LACKS = {  # type that is not made -> what it lacks
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"),
         "keys and values of its own: it reads a Gemma 4's, as it drafts for it",
@@ -63,33 +59,31 @@ LACKS = {  # of types that are not made
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Wrong(Exception):
-    """A number is not what it must be."""
-
-
 class NotMade(Exception):
-    """There is no model to try."""
+    """A tiny model of a type cannot be made."""
 
 
 def check(kind: str, **changes) -> str:
-    """Try a type; returns what can be pruned of it, in words.
+    """Try a type; returns the share of its blocks' weights that can be pruned, in words.
 
     Raises:
-        ValueError: this project refuses it, and says why. Wrong: it should have.
+        InvalidInput: this project refuses the type.
+        NotMade: there is no tiny model of the type to try.
+        Wrong: a result is not what it must be.
     """
     with tempfile.TemporaryDirectory() as folder:
         dense, windows = Path(folder, "dense"), sample_windows()
         try:
             tiny_model(kind, **changes).save_pretrained(dense)
-        except Exception as error:  # of transformers, each family its own
-            said = LACKS.get(kind) or f"a config that this script can make: {in_one_line(error)}"
-            raise NotMade(f"it lacks {said}") from error
+        except Exception as error:  # transformers raises another one for each family
+            lacking = LACKS.get(kind) or f"a config that this script can make: {in_one_line(error)}"
+            raise NotMade(f"it lacks {lacking}") from error
         try:
             loading.outline(str(dense))
             decoder = load(dense)
         except ValueError as error:
             raise InvalidInput(str(error).replace(str(dense), "it")) from error
-        check_gradients(copy.deepcopy(decoder.model), decoder, windows)
+        compare_gradients(copy.deepcopy(decoder.model), decoder, windows)
         check_pruning(dense, windows)
     return f"{decoder.share:.1%}"
 
@@ -102,45 +96,14 @@ def sample_windows() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def check_gradients(model: nn.Module, decoder: Decoder, windows: torch.Tensor) -> None:
-    """Loss, and l2 norms of all prunable matrices with the graph kept and recomputed, against whole-model autograd."""
-    model.requires_grad_(True)
-    sums: dict[str, torch.Tensor] = {}
-    for window in windows:
-        model.zero_grad()
-        loss = model(input_ids=window[None], labels=window[None], use_cache=False).loss
-        loss.backward()
-        state = decoder.enter(window[None])
-        for i in range(len(decoder)):
-            decoder.advance(i, [state])
-        require_equal("the loss", decoder.tail(state.hidden, window[None])[0], loss)
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                sums[name] = sums.get(name, 0) + (SCALE * parameter.grad.double()) ** 2
-    model.requires_grad_(False)
-    for keep_graph in (True, False):
-        for i, block_sums in gradient_norms(decoder, windows, norms=("l2",), scale=SCALE, keep_graph=keep_graph):
-            matrices = decoder.linears(i) | decoder.routers(i)
-            for name, norm in block_sums.result("l2").items():
-                matrix = matrices[name]
-                total = sums.get(decoder.prefixes[i] + matrix.tensor_name)
-                if total is None:
-                    require_equal(decoder.prefixes[i] + name, norm, torch.zeros_like(norm))
-                else:
-                    expected = matrix.oriented(total if matrix.index is None else total[matrix.index]).sqrt()
-                    require_equal(f"the gradient norm of {decoder.prefixes[i]}{name}", norm, expected)
-
-
 def check_pruning(folder: Path, windows: torch.Tensor) -> None:
-    """Wanda, from the files and in memory, against a naive restatement; and the checkpoint."""
+    """Prune with Wanda, in memory and from the files; compare the two, the checkpoint, and a naive restatement."""
     pruned = folder.with_name("pruned")
     decoder, streamed = load(folder), load(folder, streamed=True)
     dense = copy.deepcopy(decoder.model)
     ratio = Sparsity(0.5)
     list(prune(decoder, windows, Settings("wanda", select(decoder, ratio))))
-    store = Store(pruned, streamed.source)
-    targets = select(streamed, ratio)
-
+    store, targets = Store(pruned, streamed.source), select(streamed, ratio)
     for block in prune(streamed, windows, Settings("wanda", targets)):
         store.write_block(streamed, block.index, targets.get(block.index, ()))
     store.finish()
@@ -155,77 +118,11 @@ def check_pruning(folder: Path, windows: torch.Tensor) -> None:
     with torch.no_grad():
         logits = [m(input_ids=windows[:1], use_cache=False).logits for m in (loaded, decoder.model)]
     require_equal("logits of the saved checkpoint", *logits)
-    naive_wanda(dense, decoder, windows)
-
-
-def naive_wanda(dense: nn.Module, decoder: Decoder, windows: torch.Tensor) -> None:
-    """Compare the pruned blocks with Wanda restated: the whole model is run for every block, and inputs are looked at where
-    they meet memory of the matrix they are multiplied with."""
-    owners = dict(dense.named_parameters(remove_duplicate=False))
-    for i in range(len(decoder)):
-        weights = {}
-        for name, matrix in decoder.linears(i).items():
-            whole = owners[decoder.prefixes[i] + matrix.tensor_name].detach()
-            weights[name] = matrix.oriented(whole if matrix.index is None else whole[matrix.index])
-        inputs = Inputs(weights)
-        with inputs, torch.no_grad():
-            for window in windows:
-                dense(input_ids=window[None], use_cache=False)
-        masks = {}
-        for name, weight in weights.items():
-            squares = inputs.squares.get(name, torch.zeros(weight.shape[1]))
-            if name not in inputs.squares and not any(kind_of(other) == kind_of(name) for other in inputs.squares):
-                continue  # takes no part in the forward
-            norm = (squares / len(windows)).sqrt()
-            reached = norm.any() or kind_of(name) == name
-            score = weight.abs() * (norm if reached else 1.0)  # an expert without tokens: by magnitude
-            order = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
-            masks[name] = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
-        for name, mask in masks.items():
-            weights[name].masked_fill_(mask, 0)
-        for name, matrix in decoder.linears(i).items():
-            differing = ((matrix.weight == 0) != (weights[name] == 0)).sum().item()
-            if differing > 2 + 0.001 * weights[name].numel():  # a rounding at the threshold flips a pair
-                raise Wrong(
-                    f"{differing} of {weights[name].numel()} mask bits of {decoder.prefixes[i]}{name} differ from wanda's"
-                )
-            weights[name].copy_(matrix.weight)  # so that later blocks see the same inputs
-
-
-class Inputs(TorchFunctionMode):
-    """While open, collects the sum over tokens of the squared inputs of matrices {name: (out, in)}, found by their memory."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]):
-        super().__init__()
-        self.names = {(weight.data_ptr(), weight.shape): name for name, weight in weights.items()}
-        self.names |= {(weight.data_ptr(), weight.mT.shape): name for name, weight in weights.items()}
-        self.squares: dict[str, torch.Tensor] = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in ("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"):
-            *_, a, b = [*args, *(kwargs or {}).values()][: 3 if "add" in func.__name__ else 2]
-            self.look(a, b)
-            if func.__name__ != "linear" and b.ndim > 1:
-                self.look(b.mT, a)
-        return func(*args, **(kwargs or {}))
-
-    def look(self, given: torch.Tensor, weight: torch.Tensor) -> None:
-        many = weight.ndim > 2 and given.ndim > 2
-        for x, w in zip(given.expand(len(weight), *given.shape[1:]), weight, strict=True) if many else [(given, weight)]:
-            name = self.names.get((w.data_ptr(), w.squeeze().shape))
-            if name is not None:
-                self.squares[name] = self.squares.get(name, 0) + x.reshape(-1, x.shape[-1]).square().sum(dim=0)
-
-
-def require_equal(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    size = expected.double().norm().clamp(min=1e-6)
-    error = ((found.double() - expected.double()).norm() / size).item()
-    if not error < TOLERANCE:
-        raise Wrong(f"{what} is off by {error:.2g}")
+    compare_wanda(dense, decoder, windows)
 
 
 def isolated(kind: str) -> tuple[str, str]:
-    """(works, refused, wrong or crashed; the share or the reason) of a type, in a process of its own."""
+    """Try a type in another process: (works, refused, not made, wrong or crashed; the share or the reason)."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=report, args=(kind, sender))
@@ -243,6 +140,7 @@ def isolated(kind: str) -> tuple[str, str]:
 
 
 def report(kind: str, sender) -> None:
+    """Try a type, and send what `isolated` returns."""
     try:
         answer = ("works", check(kind))
     except Wrong as error:
@@ -251,9 +149,10 @@ def report(kind: str, sender) -> None:
         answer = ("not made", str(error))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        own = isinstance(error, ValueError) and ROOT in Path(where.filename).parents and "site-packages" not in where.filename
-        place = "" if own else f" [{type(error).__name__}, {Path(where.filename).name}:{where.lineno}]"
-        answer = ("refused" if own else "crashed", in_one_line(error) + place)
+        ours = ROOT in Path(where.filename).parents and "site-packages" not in where.filename
+        refused = isinstance(error, ValueError) and ours
+        place = "" if refused else f" [{type(error).__name__}, {Path(where.filename).name}:{where.lineno}]"
+        answer = ("refused" if refused else "crashed", in_one_line(error) + place)
     sender.send(answer)
 
 
@@ -261,37 +160,38 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def page(found: dict[str, dict[str, tuple[str, str]]]) -> str:
-    """Markdown: a table for every group of types, {title: {type: (status, share or reason)}}."""
+def page(answers: dict[str, dict[str, tuple[str, str]]]) -> str:
+    """Markdown with a table for each group of types, {title: {type: (status, share or reason)}}."""
     lines = [
         "# Families",
         "",
         "What this project does with a tiny random model of every type of language model that transformers",
         f"{transformers.__version__} registers.",
         "",
-        "- *Works*: block by block, loss and gradients are those of autograd on the whole model (within 1e-4);",
-        "  Wanda's masks are those of a naive restatement; read from its files block by block, a model is pruned to",
-        "  the very same weights; the checkpoint has the dense one's names, and plain transformers gives the pruned",
-        "  model's logits with it. The number is the share of the (tiny) blocks' weights that can be pruned: the rest",
-        "  is not a matrix product, or routes tokens to experts, and stays dense.",
-        "- *Refused*: in this one line, before any work. Encoders are, and decoders whose `labels` are not shifted by",
-        '  one, for their loss is not the next token\'s: "their loss is ... that of the whole model ...".',
-        "- *Not made*: what is lacking for a tiny model of it alone.",
+        "- *Works*: block by block, loss and gradients are those of autograd on the whole model (within 1e-4). Wanda's",
+        "  masks are those of a naive restatement. Read from its files block by block, the model is pruned to the very",
+        "  same weights (on a CPU). The checkpoint has the dense one's names, and plain transformers loads it and gives",
+        "  the pruned model's logits. The number is the share of the (tiny) blocks' weights that can be pruned. The",
+        "  rest is not used in a matrix product, or routes tokens to experts, and stays dense.",
+        "- *Refused*: the run ends with this one line before any work. Encoders are refused. So are decoders whose",
+        '  `labels` are not shifted by one, because their loss is not that of the next token: "their loss is ..., that',
+        '  of the whole model ...".',
+        "- *Not made*: a tiny model of this type could not be made, for lack of what the line says.",
         "",
         "Written by `python scripts/families.py --output docs/families.md`.",
     ]
-    for title, answers in found.items():
-        works = sum(status == "works" for status, _ in answers.values())
-        lines += ["", f"## {title}: {works} of {len(answers)} work", "", "| type | | share, or why not |", "|---|---|---|"]
-        lines += [f"| {kind} | {status} | {text.replace('|', ' ')} |" for kind, (status, text) in answers.items()]
+    for title, group in answers.items():
+        works = sum(status == "works" for status, _ in group.values())
+        lines += ["", f"## {title}: {works} of {len(group)} work", "", "| type | | share, or why not |", "|---|---|---|"]
+        lines += [f"| {kind} | {status} | {text.replace('|', ' ')} |" for kind, (status, text) in group.items()]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> bool:
-    """Try types one by one; returns whether any is wrong or crashed."""
+    """Try types one by one; returns whether a result is wrong or a type crashed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model_type of a config (default: all)")
-    parser.add_argument("--output", type=Path, help="write the page there, too")
+    parser.add_argument("--output", type=Path, help="file to write the page to (docs/families.md)")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -300,16 +200,16 @@ def main(argv: list[str] | None = None) -> bool:
     groups = {"Language models": TYPES, "Language models in multimodal wrappers": WRAPPERS}
     if args.types:
         groups = {"Types": args.types}
-    found: dict[str, dict[str, tuple[str, str]]] = {}
+    answers: dict[str, dict[str, tuple[str, str]]] = {}
     for title, kinds in groups.items():
         for kind in kinds:
-            status, text = found.setdefault(title, {})[kind] = isolated(kind)
+            status, text = answers.setdefault(title, {})[kind] = isolated(kind)
             print(f"{kind}: {status}, {text}", flush=True)
     if args.output:
-        args.output.write_text(page(found))
-    answers = [status for answers in found.values() for status, _ in answers.values()]
-    print(", ".join(f"{answers.count(status)} {status}" for status in dict.fromkeys(answers)))
-    return "wrong" in answers or "crashed" in answers
+        args.output.write_text(page(answers))
+    statuses = [status for group in answers.values() for status, _ in group.values()]
+    print(", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)))
+    return "wrong" in statuses or "crashed" in statuses
 
 
 if __name__ == "__main__":

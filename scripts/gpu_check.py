@@ -1,15 +1,17 @@
-"""Everything that only a GPU can prove, in minutes, without network or model.
+"""Check what only a GPU can prove; it takes minutes, and no network or model.
 
     bash scripts/gpu_check.sh
     python scripts/gpu_check.py --device cpu --blocks 2  # a rehearsal
 
 1. the fast tests, with the models on the GPU
-2. gradients, masks and perplexities of a small random model, and the CPU's
-3. both commands on a random model of LLaMA-2-7B's shape, resident and streamed:
-   seconds and peak memory of every phase
-4. two processes over NCCL against one, where there are two GPUs
+2. gradients, masks and perplexities of a small random model, compared with the
+   CPU's
+3. gradients of two processes over NCCL, compared with one's, if there are two
+   GPUs
+4. both commands on a random model of LLaMA-2-7B's shape, resident and streamed,
+   with the seconds and peak memory of every phase
 
-Disk: 45 GB in --folder for the 32 blocks of LLaMA-2-7B, given back at the end.
+The 32 blocks of LLaMA-2-7B take 45 GB in --folder, which are freed at the end.
 """
 
 import argparse
@@ -40,19 +42,21 @@ from lib.pruning.targets import select
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_2_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}
 SMALL = {"hidden": 256, "intermediate": 688, "heads": 8, "vocabulary": 512}
-GB_PER_BLOCK = 1.3  # of the full shape: weights, gradient norms and a pruned checkpoint, in two bytes each, and some room
-NORM_TOLERANCE = 1e-3  # of a linear's gradient norms, by their Frobenius norm: two devices' rounding in float32
-MASKS_ALIKE = 0.999  # of the first block's mask bits: the others are near ties
-SOLVED_ALIKE = 0.98  # likewise of sparsegpt, whose solver feeds rounding back
+GB_PER_BLOCK = 1.3  # of disk, at the full shape: weights, gradient norms and a pruned checkpoint in 16 bits, and some room
+NORM_TOLERANCE = 1e-3  # of the Frobenius norm of a linear's gradient norms: two devices round differently in float32
+MASKS_ALIKE = 0.999  # share of the first block's mask bits that agree at least: the others are near ties
+SOLVED_ALIKE = 0.98  # the same for sparsegpt, whose solver feeds rounding back
 PERPLEXITY_TOLERANCE = 0.01
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cpu rehearses the check with a small model (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=32, help="of the large model (default: %(default)s)")
-    parser.add_argument("--folder", help="for models and results (default: the system's temporary folder)")
-    parser.add_argument("--no_tests", action="store_true", help="leave out the first part")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, or cpu to rehearse the check with a small model (default: %(default)s)"
+    )
+    parser.add_argument("--blocks", type=int, default=32, help="number of blocks of the large model (default: %(default)s)")
+    parser.add_argument("--folder", help="where models and results go (default: the system's temporary folder)")
+    parser.add_argument("--no_tests", action="store_true", help="leave out the fast tests")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
         sys.exit("gpu_check: there is no GPU here that torch can use; --device cpu --blocks 2 rehearses the check without one")
@@ -88,7 +92,7 @@ def name_of(device: str) -> str:
 
 
 def execute(*arguments: str | Path) -> str:
-    """Run Python in the repository; returns what it logged. Ends the check if it fails."""
+    """Run Python in the repository; returns its standard error, where it logs. Ends the check if it fails."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-5000:], done.stderr[-5000:])
@@ -98,27 +102,28 @@ def execute(*arguments: str | Path) -> str:
 
 
 def expect(condition: bool, message: str) -> None:
+    """Print a message; end the check if its condition does not hold."""
     print(message, flush=True)
     if not condition:
         sys.exit(f"gpu_check: failed: {message}")
 
 
 def make(folder: Path, device: str, blocks: int, shape: dict[str, int]) -> Path:
-    """A random model; its tokenizer makes bytes tokens."""
+    """Make a random model, whose tokenizer splits text into bytes."""
     flags = [part for key, value in shape.items() for part in (f"--{key}", str(value))]
     execute("scripts/benchmarks/make_checkpoint.py", folder, "--device", device, "--blocks", str(blocks), *flags)
     return folder
 
 
 def write_text(folder: Path) -> Path:
-    """Documents of 3,000 random letters."""
+    """Write 16 documents of 3,000 random letters."""
     rng, path = random.Random(0), folder / "text.jsonl"
     path.write_text("\n".join(json.dumps({"text": "".join(rng.choices("abcdefgh ", k=3000))}) for _ in range(16)))
     return path
 
 
 def compare_with_cpu(model: Path, device: str) -> None:
-    """Gradient norms, masks and perplexities in float32 on both devices."""
+    """Compare gradient norms, masks and perplexities in float32 on both devices."""
     windows = torch.randint(3, 250, (8, 256), generator=torch.Generator().manual_seed(0))
 
     def on(where: str):
@@ -128,11 +133,13 @@ def compare_with_cpu(model: Path, device: str) -> None:
         walk = gradient_norms(on(where), windows)
         return {i: {name: norm.cpu() for name, norm in sums.result("l2").items()} for i, sums in walk}
 
-    expected, found = norms("cpu"), norms(device)
+    expected, computed = norms("cpu"), norms(device)
     worst = max(
-        ((found[i][name] - norm).norm() / norm.norm()).item() for i, block in expected.items() for name, norm in block.items()
+        ((computed[i][name] - norm).norm() / norm.norm()).item()
+        for i, block in expected.items()
+        for name, norm in block.items()
     )
-    expect(worst < NORM_TOLERANCE, f"gradient norms differ by {worst:.1e} of themselves at most")
+    expect(worst < NORM_TOLERANCE, f"gradient norms differ by at most {worst:.1e} of their size")
 
     def pruned(where: str, method: str, pattern: str) -> tuple[torch.Tensor, float]:
         decoder = on(where)
@@ -154,20 +161,20 @@ def compare_with_cpu(model: Path, device: str) -> None:
 
 
 def compare_two_processes(model: Path, text: Path, device: str) -> None:
-    """The gradient command by one process and by two."""
-    found = []
+    """Compare the gradient norms that one process and two processes compute."""
+    norms = []  # of one process, and of two
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        output = model.with_name(f"processes{len(found)}")
+        output = model.with_name(f"processes{len(norms)}")
         flags = ["--model", model, "--dataset", text, "--nsamples", "8", "--seq_length", "256", "--dtype", "float32"]
         execute(*launcher, "gradient_computation.py", *flags, "--norms", "l2", "--device", device, "--output_dir", output)
-        norms = GradientNorms(next(output.rglob("*_l2_*")))
-        found.append([norm for i in range(3) for norm in norms.block(i).values()])
-    worst = max(((a.float() - b.float()).norm() / a.float().norm()).item() for a, b in zip(*found, strict=True))
+        gradients = GradientNorms(next(output.rglob("*_l2_*")))
+        norms.append([norm for i in range(3) for norm in gradients.block(i).values()])
+    worst = max(((a.float() - b.float()).norm() / a.float().norm()).item() for a, b in zip(*norms, strict=True))
     expect(worst < NORM_TOLERANCE, f"gradient norms of two processes differ from one's by {worst:.1e} at most")
 
 
 def large(folder: Path, text: Path, device: str, blocks: int) -> None:
-    """Both commands on the large model, resident and streamed."""
+    """Run both commands on the large model, resident and streamed."""
     stage(f"{'LLaMA-2-7B' if device != 'cpu' else 'a small LLaMA'}, {blocks} blocks")
     model = make(folder / "large", device, blocks, LLAMA_2_7B if device != "cpu" else SMALL)
     short = folder / "short.txt"
@@ -191,7 +198,7 @@ def large(folder: Path, text: Path, device: str, blocks: int) -> None:
 
 
 def report(memory: str, log: str) -> None:
-    """The phases of a command, which it logs."""
+    """Print the phases of a command from its log."""
     for phase, figures in re.findall(r"INFO (.+): (seconds .+)", log):
         print(f"{memory:>9} {phase:<18} {figures}", flush=True)
 

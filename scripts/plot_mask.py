@@ -1,10 +1,11 @@
-"""The mask of a linear as an image, with the share each input and output keeps.
+"""The mask of a linear as an image, with the shares that inputs and outputs keep.
 
     python scripts/plot_mask.py out/gblm/model \\
         --linear model.layers.5.self_attn.q_proj --against out/wanda/model
 
-PNG and PDF. A large matrix is drawn in cells, each the share of its weights
-that is kept. With two checkpoints, where they differ is drawn as well.
+Writes PNG and PDF. A large matrix is drawn in cells, each of which shows the
+share of its weights that is kept. Of two checkpoints, a third image shows where
+they differ.
 """
 
 import argparse
@@ -26,12 +27,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub name of the pruned model")
-    parser.add_argument("--linear", required=True, metavar="NAME", help="full name, as model.layers.5.self_attn.q_proj")
-    parser.add_argument("--against", metavar="OTHER", help="a second checkpoint, drawn beside it")
-    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="of the checkpoints (default: of their folders)")
-    parser.add_argument("--output", default="out/mask", metavar="NAME", help="of NAME.png and NAME.pdf (default: %(default)s)")
-    parser.add_argument("--dark", action="store_true", help="also NAME-dark.png and .pdf, for dark pages")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
+    parser.add_argument("--linear", required=True, metavar="NAME", help="full name, such as model.layers.5.self_attn.q_proj")
+    parser.add_argument("--against", metavar="OTHER", help="second checkpoint, which is drawn beside the first")
+    parser.add_argument(
+        "--names", nargs="+", default=[], metavar="NAME", help="names for the checkpoints (default: those of their folders)"
+    )
+    parser.add_argument(
+        "--output", default="out/mask", metavar="NAME", help="where to write NAME.png and NAME.pdf (default: %(default)s)"
+    )
+    parser.add_argument("--dark", action="store_true", help="write NAME-dark.png and NAME-dark.pdf as well, for dark pages")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the Python code that comes in the model's own folder"
+    )
     parser.add_argument("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)
     args.checkpoints = [args.checkpoint, *filter(None, [args.against])]
@@ -45,11 +52,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def kept(decoder: Decoder, linear: str) -> np.ndarray:
+def survivors(decoder: Decoder, linear: str) -> np.ndarray:
     """Which weights of a linear are not zero, (out, in).
 
     Raises:
-        ValueError: the model has no such linear.
+        InvalidInput: the model has no such linear.
     """
     names = {}
     for i, prefix in enumerate(decoder.prefixes):
@@ -59,21 +66,21 @@ def kept(decoder: Decoder, linear: str) -> np.ndarray:
             f"--linear {linear} is not one of the {len(names)} linears: they are called {next(iter(names))} and so on"
         )
     prefix, matrix = names[linear]
-    tensor = decoder.source[prefix + matrix.tensor_name]
-    return (matrix.oriented(tensor if matrix.index is None else tensor[matrix.index]) != 0).numpy()
+    return (matrix.of(decoder.source[prefix + matrix.tensor_name]) != 0).numpy()
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read the masks, say how alike they are, draw them."""
-    names = args.names or [_name_of(path) for path in args.checkpoints]
+    """Read which weights survive, print how alike the checkpoints are, and draw them."""
+    names = args.names or [_name_of(checkpoint) for checkpoint in args.checkpoints]
     if len(set(names)) < len(names):
         raise InvalidInput(f"both checkpoints are called {names[0]}: give them --names")
-    masks = {}
-    for name, path in zip(names, args.checkpoints, strict=True):
-        folder = fetch.folder(path, cache_dir=args.cache_dir, weights=True)
-        masks[name] = kept(loading.on_disk(folder, trust_remote_code=args.trust_remote_code), args.linear)
-        print(f"{name}: {masks[name].mean():.4f} of {args.linear} kept, {masks[name].shape[0]} x {masks[name].shape[1]}")
-    first, *others = masks.values()
+    by_name = {}
+    for name, checkpoint in zip(names, args.checkpoints, strict=True):
+        folder = fetch.folder(checkpoint, cache_dir=args.cache_dir, weights=True)
+        weights = survivors(loading.on_disk(folder, trust_remote_code=args.trust_remote_code), args.linear)
+        print(f"{name}: {weights.mean():.4f} of {args.linear} kept, {weights.shape[0]} x {weights.shape[1]}")
+        by_name[name] = weights
+    first, *others = by_name.values()
     for other in others:
         if other.shape != first.shape:
             raise InvalidInput(
@@ -81,16 +88,13 @@ def main(args: argparse.Namespace) -> None:
             )
         print(f"{(first == other).mean():.4f} of the mask's bits are equal")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    width = figures.PAGE if len(masks) > 1 else figures.COLUMN
+    size = (figures.PAGE, 3.1) if len(by_name) > 1 else (figures.COLUMN, 3.6)
     themes = ["light", *["dark"] * args.dark]
-    for path in figures.save(
-        lambda figure: figures.masks(figure, masks), args.output, (width, 3.1 if len(masks) > 1 else 3.6), themes
-    ):
-        print(path)
+    print(*figures.save(lambda figure: figures.masks(figure, by_name), args.output, size, themes), sep="\n")
 
 
 def _name_of(checkpoint: str) -> str:
-    """Of its folder; of out/wanda/model, as the launchers write it, wanda."""
+    """The name of a checkpoint's folder; for out/wanda/model, as the launchers call it, "wanda"."""
     path = Path(checkpoint)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 

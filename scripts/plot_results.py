@@ -1,11 +1,11 @@
-"""Figures of results, as PNG and PDF: perplexity against sparsity and alpha, time.
+"""Figures of results, as PNG and PDF: perplexity against sparsity and alpha; time.
 
     python scripts/plot_results.py out/ docs/results/demo.jsonl
 
 Results are results.json of main.py, the .jsonl of scripts/table.py, or folders
-of them; results.json also give seconds per phase and values per
-block. What they cannot show is left out, and said. Points are means over
-seeds, bars their standard deviation.
+of them. Of results.json, the seconds of each phase and the values of each block
+are drawn as well. The script says which figures it leaves out. Points are means
+over seeds, and bars are their standard deviation.
 """
 
 import argparse
@@ -23,9 +23,11 @@ from lib.results.read import Run
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders, results.json, .jsonl")
-    parser.add_argument("--output", type=Path, default=Path("out/figures"), metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--dark", action="store_true", help="also NAME-dark.png and .pdf, for dark pages")
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders, results.json files or .jsonl files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/figures"), metavar="DIR", help="folder for the figures (default: %(default)s)"
+    )
+    parser.add_argument("--dark", action="store_true", help="write NAME-dark.png and NAME-dark.pdf as well, for dark pages")
     return parser.parse_args(argv)
 
 
@@ -47,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def sparsity_curve(runs: list[Run]):
-    """Perplexity against sparsity, a line for each method; those with several sparsities only."""
+    """Perplexity against sparsity: a line for each method that has several sparsities."""
     curves = _curves([run for run in runs if run.settings["pattern"] == "unstructured"], "ratio", scale=100)
     if not curves:
         print("perplexity against sparsity is left out: it takes two sparsities of a method")
@@ -61,17 +63,17 @@ def sparsity_curve(runs: list[Run]):
 
 
 def alpha_curve(runs: list[Run]):
-    """Perplexity against alpha, a panel for each pattern and ratio; a method without alpha of the same settings is a level."""
+    """Perplexity against alpha: a panel for each pattern and ratio, in which Wanda with the same settings is a horizontal line."""
     panels = {}
     runs = [run for run in runs if run.settings["alpha"] != "auto"]
-    weighted = [run for run in runs if run.settings["alpha"]]
-    for pattern, ratio in dict.fromkeys((run.settings["pattern"], run.settings["ratio"]) for run in weighted):
-        here = [run for run in runs if (run.settings["pattern"], run.settings["ratio"]) == (pattern, ratio)]
-        curves = _curves([run for run in here if run.settings["alpha"]], "alpha")
+    with_alpha = [run for run in runs if run.settings["alpha"]]
+    for pattern, ratio in dict.fromkeys((run.settings["pattern"], run.settings["ratio"]) for run in with_alpha):
+        of_panel = [run for run in runs if (run.settings["pattern"], run.settings["ratio"]) == (pattern, ratio)]
+        curves = _curves([run for run in of_panel if run.settings["alpha"]], "alpha")
         if curves:
-            others = read.by_settings(run for run in here if run.settings["method"] == "wanda")
-            names = _names([group[0] for group in others], set())
-            level = {name: _mean(group) for name, group in zip(names, others, strict=True)}
+            wanda = read.by_settings(run for run in of_panel if run.settings["method"] == "wanda")
+            names = _names([group[0] for group in wanda], set())
+            level = {name: _mean(group) for name, group in zip(names, wanda, strict=True)}
             title = pattern if pattern != "unstructured" else f"{100 * ratio:g} % unstructured"
             panels[title] = curves, level
     if not panels:
@@ -85,28 +87,26 @@ def alpha_curve(runs: list[Run]):
 
 
 def values_per_block(runs: list[Run]):
-    """A figure for each results.json and value that it has by block."""
-    held = [run for run in runs if run.by_block]
-    for name, run in zip(_names(held, set()), held, strict=True):
-        for value, by_block in run.by_block.items():
-            label = {"sparsity": "share of zeros"}.get(value, value.replace("_", " "))
+    """Values along the blocks: a figure for each results.json and each quantity that it has for every block."""
+    of_main = [run for run in runs if run.by_block]  # rows of scripts/table.py have none
+    for name, run in zip(_names(of_main, set()), of_main, strict=True):
+        for quantity, by_block in run.by_block.items():
+            label = {"sparsity": "share of zeros"}.get(quantity, quantity.replace("_", " "))
 
             def draw(figure, by_block=by_block, label=label):
                 figures.blocks(figure, by_block, label)
 
-            stem = f"{value}_by_block" + (
-                f"-{name.replace(', ', '-').replace(' ', '_').replace(':', '-')}" if len(held) > 1 else ""
-            )
-            yield stem, (figures.PAGE, 2.6), draw
+            suffix = f"-{name.replace(', ', '-').replace(' ', '_').replace(':', '-')}" if len(of_main) > 1 else ""
+            yield f"{quantity}_by_block{suffix}", (figures.PAGE, 2.6), draw
 
 
 def seconds(runs: list[Run]):
-    """Seconds per phase, a bar for each results.json."""
-    held = [run for run in runs if run.by_block]
-    if not held:
+    """Seconds of each phase: a bar for each results.json."""
+    of_main = [run for run in runs if run.by_block]
+    if not of_main:
         print("seconds and values per block are left out: they take results.json")
         return
-    bars = {name: run.seconds for name, run in zip(_names(held, set()), held, strict=True)}
+    bars = {name: run.seconds for name, run in zip(_names(of_main, set()), of_main, strict=True)}
 
     def draw(figure):
         figures.phases(figure, bars)
@@ -115,11 +115,12 @@ def seconds(runs: list[Run]):
 
 
 def _curves(runs: list[Run], along: str, scale: float = 1) -> dict[str, figures.Line]:
-    """{name: points (x, mean, standard deviation)} of the runs that differ in the setting `along`, where there are several."""
+    """{name: points (x, mean, standard deviation)} of runs that only differ in the setting `along` and in their seeds; a point
+    that would be alone is left out."""
     curves: dict[str, list[list[Run]]] = {}
     for group in read.by_settings(runs):
-        rest = {name: value for name, value in group[0].settings.items() if name != along}
-        curves.setdefault(repr(rest), []).append(group)
+        other_settings = {name: value for name, value in group[0].settings.items() if name != along}
+        curves.setdefault(repr(other_settings), []).append(group)
     several = [groups for groups in curves.values() if len(groups) > 1]
     names = _names([groups[0][0] for groups in several], {along})
     return {
@@ -129,7 +130,7 @@ def _curves(runs: list[Run], along: str, scale: float = 1) -> dict[str, figures.
 
 
 def _names(runs: list[Run], without: set[str]) -> list[str]:
-    """A name for each run: its method and the settings in which they differ, as "gblm, 2:4, nsamples 64"."""
+    """A name for each run: its method and the settings in which runs differ but for `without`, as "gblm, 2:4, nsamples 64"."""
     differing = [name for name in read.varying(runs) if name not in {"method", *without}]
     names: list[str] = []
     for run in runs:
@@ -140,11 +141,11 @@ def _names(runs: list[Run], without: set[str]) -> list[str]:
 
 
 def _dense(runs: list[Run], curves) -> dict[str, float]:
-    """The dense perplexity, where the runs agree on it."""
-    found = {round(run.dense, 2) for run in runs if run.dense} | {
+    """{"dense": the dense perplexity}; empty unless all runs agree on it."""
+    perplexities = {round(run.dense, 2) for run in runs if run.dense} | {
         round(run.perplexity, 2) for run in runs if run.settings["method"] == "dense"
     }
-    return {"dense": found.pop()} if len(found) == 1 else {}
+    return {"dense": perplexities.pop()} if len(perplexities) == 1 else {}
 
 
 def _mean(group: list[Run]) -> float:

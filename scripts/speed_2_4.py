@@ -1,15 +1,16 @@
-"""What 2:4 buys: seconds of products and of a forward pass, and bytes on disk.
+"""What 2:4 saves: time of products and of a forward pass, and bytes on disk.
 
     python scripts/speed_2_4.py out/gblm-2-4/model
     python scripts/speed_2_4.py out/gblm-2-4/model \\
         --against demo/SmolLM2-135M-Instruct
 
-Times need a GPU whose tensor cores skip zeros (NVIDIA Ampere or newer), through
-torch's semi-structured tensors; without one, only bytes are measured. "zipped"
-is zstd where there is one (Python 3.14, or pip install zstandard), else zlib.
-"packed" is computed, not written: kept values and one bit for each weight (for
-2:4, two bits for each kept value, as the kernels store it). compressed-tensors
-wrote such files until it dropped sparse formats; its 0.20 reads none.
+Times are those of torch's semi-structured tensors, and need a GPU whose tensor
+cores skip zeros (NVIDIA Ampere or newer); without one, only bytes are measured.
+"zipped" is zstd where it is installed (Python 3.14, or pip install zstandard),
+else zlib. "packed" is computed and not written: it counts every weight that is
+not zero, and one bit for each weight, zero or not (for 2:4 the kernels store as
+much). compressed-tensors wrote such files until it dropped sparse formats; its
+version 0.20 does not read them.
 """
 
 import argparse
@@ -31,29 +32,34 @@ from lib.models.decoder import Decoder
 from lib.models.files import fetch
 from lib.models.files.checkpoint import Checkpoint
 
-AMPERE = (8, 0)
-REPEATS = 20
-PIECE = 2**24  # bytes compressed at a time
+AMPERE = (8, 0)  # compute capability
+REPEATS = 20  # of a measurement, whose median counts
+PIECE = 2**24  # bytes that are compressed at a time
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare and check the flags; nothing is loaded."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub name of a 2:4 model")
-    parser.add_argument("--against", metavar="DENSE", help="the model it was pruned from, for its bytes")
+    parser.add_argument("--against", metavar="DENSE", help="model that it was pruned from, whose bytes are measured as well")
     parser.add_argument(
         "--tokens",
         nargs="+",
         type=flags.at_least(1),
         default=[1, 128, 2048],
         metavar="N",
-        help="in one product (default: 1 128 2048)",
+        help="numbers of tokens in one product (default: 1 128 2048)",
     )
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16"), default="float16", help="of the products (default: %(default)s)"
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        default="float16",
+        help="number format of the products (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model's own folder brings")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the Python code that comes in the model's own folder"
+    )
     parser.add_argument("--cache_dir", metavar="DIR", help="where downloads are kept (default: the hub's own cache)")
     args = parser.parse_args(argv)
     try:
@@ -66,7 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Times where they can be measured, then bytes."""
+    """Measure times, where that is possible, and then bytes."""
     device = loading.resolve_device(args.device)
     folders = {
         name: fetch.folder(name, cache_dir=args.cache_dir, weights=True)
@@ -80,12 +86,12 @@ def main(args: argparse.Namespace) -> None:
         )
         compare_times(decoder, args.tokens)
     for name, folder in folders.items():
-        found = sizes(folder, args.trust_remote_code)
-        print(f"{name}: {', '.join(f'{kind} {size / 1e6:.1f} MB' for kind, size in found.items())}")
+        by_kind = sizes(folder, args.trust_remote_code)
+        print(f"{name}: {', '.join(f'{kind} {size / 1e6:.1f} MB' for kind, size in by_kind.items())}")
 
 
 def missing_kernels(device: torch.device) -> str:
-    """Why 2:4 products cannot be faster here; empty if they can."""
+    """Why 2:4 products cannot be faster on a device; empty if they can."""
     if device.type != "cuda":
         return "2:4 kernels are for NVIDIA GPUs, and this is a CPU"
     if torch.version.hip or torch.cuda.get_device_capability(device) < AMPERE:
@@ -98,7 +104,7 @@ def missing_kernels(device: torch.device) -> str:
 
 @torch.no_grad()
 def compare_times(decoder: Decoder, counts: list[int]) -> None:
-    """Products of the largest linears, and the model's forward pass, before and after its 2:4 linears are converted."""
+    """Time products with a linear of each shape, and the forward pass before and after the 2:4 linears are converted."""
     device = decoder.device
     print(f"{torch.cuda.get_device_name(device)}, {decoder.model.dtype}, medians of {REPEATS}")
     shapes: dict[tuple[int, int], tuple[str, nn.Module]] = {}
@@ -111,17 +117,17 @@ def compare_times(decoder: Decoder, counts: list[int]) -> None:
             inputs = torch.randn(tokens, shape[1], device=device, dtype=linear.weight.dtype)
             try:
                 sparse = to_sparse_semi_structured(linear.weight.detach())
-                found = nn.functional.linear(inputs, sparse)
+                product = nn.functional.linear(inputs, sparse)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 print(f"{name} {shape}, {tokens} tokens: torch has no kernel for it ({str(error).splitlines()[0]})")
                 continue
             expected = nn.functional.linear(inputs, linear.weight)
-            wrong = ((found - expected).norm() / expected.norm()).item()
+            error = ((product - expected).norm() / expected.norm()).item()
             times = [
                 seconds(lambda weight=weight, inputs=inputs: nn.functional.linear(inputs, weight), device)
                 for weight in (linear.weight, sparse)
             ]
-            print_times(f"{name} {shape}, {tokens} tokens", *times, f"results differ by {wrong:.1e}")
+            print_times(f"{name} {shape}, {tokens} tokens", *times, f"results differ by {error:.1e}")
     windows = [torch.randint(0, vocabulary, (1, tokens), device=device) for tokens in counts]
     dense = [seconds(lambda window=window: decoder.model(window, use_cache=False), device) for window in windows]
     converted, linears = convert(decoder)
@@ -132,7 +138,7 @@ def compare_times(decoder: Decoder, counts: list[int]) -> None:
 
 
 def convert(decoder: Decoder) -> tuple[int, int]:
-    """Store every linear that is 2:4, and for whose shape there is a kernel, as a semi-structured tensor: (so many, of all)."""
+    """Store every 2:4 linear for whose shape there is a kernel as a semi-structured tensor; returns (how many, of how many)."""
     converted = total = 0
     for i in range(len(decoder)):
         for matrix in decoder.linears(i).values():
@@ -148,12 +154,12 @@ def convert(decoder: Decoder) -> tuple[int, int]:
 
 
 def is_2_4(weight: torch.Tensor) -> bool:
-    """Whether every four consecutive inputs of (out, in) have two zeros at least."""
+    """Whether every four consecutive inputs of a weight (out, in) have at least two zeros."""
     return weight.shape[1] % 4 == 0 and bool(((weight.reshape(-1, 4) == 0).sum(dim=1) >= 2).all())
 
 
 def seconds(run: Callable, device: torch.device) -> float:
-    """The median time of a call, after warming up."""
+    """The median time of REPEATS calls, after three that warm up."""
     times = []
     for k in range(REPEATS + 3):
         torch.cuda.synchronize(device)
@@ -173,28 +179,28 @@ def print_times(what: str, dense: float, sparse: float, remark: str = "") -> Non
 
 
 def sizes(name: str, trust_remote_code: bool = False) -> dict[str, int]:
-    """Bytes of a checkpoint's weights: as they are, zipped, and with every matrix of the blocks packed."""
+    """Bytes of a checkpoint's weights: plain, zipped, and with every matrix of the blocks packed."""
     checkpoint = Checkpoint(name)
-    kind, compressor = best_compressor()
-    dense = zipped = saved = 0
+    compression, compressor = best_compressor()
+    plain = zipped = saved = 0
     for path in checkpoint.shards.values():
-        dense += path.stat().st_size
-        packer = compressor()
+        plain += path.stat().st_size
+        stream = compressor()
         with open(path, "rb") as file:
             while piece := file.read(PIECE):
-                zipped += len(packer.compress(piece))
-        zipped += len(packer.flush())
+                zipped += len(stream.compress(piece))
+        zipped += len(stream.flush())
     decoder = loading.on_disk(name, trust_remote_code=trust_remote_code)
     for i, prefix in enumerate(decoder.prefixes):
         for tensor in sorted({f"{prefix}{matrix.tensor_name}" for matrix in decoder.linears(i).values()}):
             weight = decoder.source[tensor]
             packed = torch.count_nonzero(weight).item() * weight.element_size() + weight.numel() // 8
             saved += max(0, weight.numel() * weight.element_size() - packed)  # a dense matrix stays as it is
-    return {"plain": dense, f"zipped ({kind})": zipped, "packed": dense - saved}
+    return {"plain": plain, f"zipped ({compression})": zipped, "packed": plain - saved}
 
 
 def best_compressor() -> tuple[str, Callable]:
-    """A name, and what makes an object with `compress` and `flush`."""
+    """The name of a compression, and a function that makes an object with `compress` and `flush`."""
     try:
         from compression import zstd  # Python 3.14
 

@@ -1,6 +1,7 @@
 """A tiny model of every type of causal language model that transformers registers.
 
-Its config has small numbers for the keys that the type and its nested configs have, and what a table adds for single types.
+Its config has a small number for every size that the type and its nested configs have (NUMBERS), blocks of all kinds (LAYERS),
+and what single types need beside that (NEEDED).
 """
 
 import torch
@@ -20,11 +21,11 @@ from transformers.models.auto.modeling_auto import (
 
 BLOCKS = 4
 VOCABULARY = 96
-LARGEST = 20e6  # weights; what has more is not tiny, its config has a key that nobody thought of
+LARGEST = 20e6  # weights; if a model has more, NUMBERS lacks a key of its config
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 WRAPPERS = tuple(name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in TYPES)
 
-SMALL = {
+SMALL = {  # number -> the keys of configs that have it
     VOCABULARY: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab",
     32: "hidden_size d_model n_embd embedding_dim emb_dim word_embed_proj_dim lru_width input_embedding_size text_hidden_size "
     "output_embedding_size backbone_hidden_size embed_dim projection_dim out_hidden_size attention_hidden_size hidden_dim "
@@ -53,9 +54,9 @@ SMALL = {
 }
 NUMBERS = {key: number for number, keys in SMALL.items() for key in keys.split()} | {"use_sliding_window": True}
 
-# What single types need: {type of a config: {key: value}}.
 LOCAL, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-LAYERS = {  # kinds of blocks that neither four blocks nor the defaults have, those of the first half and those of the second
+# Type of a config -> kinds of its blocks, repeated until there are BLOCKS; for types whose first blocks are not of all kinds.
+LAYERS = {
     **dict.fromkeys(("bailing_hybrid", "granitemoehybrid", "kimi_linear"), (LINEAR, FULL)),
     "gemma4_text": (LOCAL, FULL),
     **dict.fromkeys(("dots1", "gemma3_text", "gemma3n_text", "kolibri1", "laguna", "mellum", "ministral"), (LOCAL, FULL)),
@@ -72,10 +73,10 @@ LAYERS = {  # kinds of blocks that neither four blocks nor the defaults have, th
     "zamba2": (LINEAR, "hybrid"),
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-ROTARY_3D = (  # rotary embeddings with a section each for time, height and width
+ROTARY_3D = (  # types whose rotary embeddings have a section each for time, height and width
     "cosmos3_edge_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text",
 )  # fmt: skip
-OWN: dict[str, dict] = {
+NEEDED: dict[str, dict] = {  # type of a config -> {key: value}
     **{kind: {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}} for kind in ROTARY_3D},
     "glm4v_moe_text": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -122,12 +123,12 @@ OWN: dict[str, dict] = {
 
 
 def tiny_config(kind: str, **changes) -> PretrainedConfig:
-    """The config of a type; `changes` to it, those of a nested config as a dict."""
+    """The config of a type with `changes` to it; those to a nested config are a dict."""
     return CONFIG_MAPPING[kind](**_tiny(CONFIG_MAPPING[kind], changes))
 
 
 def spread(model: torch.nn.Module, noise: float) -> None:
-    """Make weights random, far from those of a new model, and add noise to biases and norms' weights."""
+    """Make matrices random, with larger values than a new model's, and add noise to biases and to the weights of norms."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -139,11 +140,11 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **changes) -> PreT
     """A random model of a type, the same at every call.
 
     Raises:
-        ValueError: it would have more than LARGEST weights.
+        ValueError: the model would have more than LARGEST weights.
     """
     config = tiny_config(kind, **changes)
     wrapped = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM  # as checkpoints of the hub are
+    auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM  # as checkpoints on the hub are loaded
     with init_empty_weights():
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > LARGEST:
@@ -153,33 +154,34 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **changes) -> PreT
         model = auto.from_config(config, dtype=dtype)
         spread(model, noise=0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("tid2eid"):  # which experts a token is sent to; of a new model all to the first
+            if name.endswith("tid2eid"):  # the experts that a token is sent to; in a new model, always the first
                 buffer.random_(BLOCKS)
     return model.eval()
 
 
 def _tiny(cls: type[PretrainedConfig], changes: dict) -> dict:
+    """The keys and values that make a config of a class tiny, its nested configs included."""
     keys = cls.__dataclass_fields__
     values = {key: number for key, number in NUMBERS.items() if key in keys}
-    if "qk_rope_head_dim" in keys:  # latent attention: every head has keys of its own
+    if "qk_rope_head_dim" in keys:  # latent attention: no two heads share keys
         values["num_key_value_heads"] = values["num_attention_heads"]
     if kinds := LAYERS.get(cls.model_type):
         values[cls.attribute_map.get("layer_types", "layer_types")] = list(kinds) * (BLOCKS // len(kinds))
-    values |= OWN.get(cls.model_type, {})
+    values |= NEEDED.get(cls.model_type, {})
     for key in keys & cls.sub_configs.keys():
-        sub = _sub_config(cls, key, values)
-        if sub is not None:
-            values[key] = _tiny(sub, values.get(key, {})) | {"model_type": sub.model_type}
+        nested = _nested_class(cls, key, values)
+        if nested is not None:
+            values[key] = _tiny(nested, values.get(key, {})) | {"model_type": nested.model_type}
     for key, change in changes.items():
         values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
     return values
 
 
-def _sub_config(cls: type[PretrainedConfig], key: str, values: dict) -> type[PretrainedConfig] | None:
-    """The class of a nested config."""
-    named = values.get(key, {}).get("model_type")
-    if named:
-        return CONFIG_MAPPING[named]
+def _nested_class(cls: type[PretrainedConfig], key: str, values: dict) -> type[PretrainedConfig] | None:
+    """The class of the nested config under a key; None if the default is to have none."""
+    model_type = values.get(key, {}).get("model_type")
+    if model_type:
+        return CONFIG_MAPPING[model_type]
     if cls.sub_configs[key].__name__ != "AutoConfig":
         return cls.sub_configs[key]
     default = getattr(cls(), key)

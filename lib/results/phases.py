@@ -1,4 +1,4 @@
-"""The time and memory that each phase of a run takes."""
+"""The seconds and the peak memory of each phase of a run."""
 
 import logging
 import sys
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class Phases:
-    """Seconds and peak memory of the named parts of a run: `with phases("prune"): ...`, then `phases.record`.
+    """Seconds and peak memory of the phases of a run: `with phases("prune"): ...`, then `phases.record`.
 
-    What has the same name is one part: its seconds add up.
+    Parts of a run that have the same name are one phase: their seconds add up, and the larger peak counts.
     """
 
     def __init__(self, device: torch.device):
@@ -46,12 +46,13 @@ def _reset_peak(device: torch.device) -> None:
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak resident set, so each phase has its own
+        Path("/proc/self/clear_refs").write_text("5")  # on Linux, forgets the peak resident set, so that each phase has one
     except OSError:
-        pass  # elsewhere a phase's peak is the process' peak so far
+        pass  # elsewhere, a phase's peak is the peak of the process so far
 
 
 def _peak_host() -> int:
+    """The peak resident set of this process, in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Results of many runs, read back: results.json of main.py and the lines of scripts/table.py in, one `Run` for each out."""
+"""Results of many runs, read back. In: results.json of main.py, and rows of scripts/table.py. Out: a `Run` for each of them."""
 
 import json
 import logging
@@ -12,25 +12,26 @@ from lib.errors import InvalidInput, MissingInput
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete"  # the status of a run that has ended
+COMPLETE = "complete"  # the status of a finished run; results of older versions have no status
 
-# Flags on which no result depends, such as places; and those that have a place of their own in a `Run`.
+# Flags that are not settings of a run: no result depends on them, such as folders, or a `Run` has them in another form.
 LEFT_OUT = (
     "save", "save_model", "cache_dir", "data_dir", "gradient_path", "device", "memory", "activation_memory", "batch_size",
     "grad_norm", "grad_exponent", "force", "plots", "held_out", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
 )  # fmt: skip
 UPDATES = ("update", "stages", "asymmetric", "reconstruct", "reconstruct_lr")
 FIRST = ("model", "method", "pattern", "ratio", "alpha", "norm", "nsamples", "seq_length", "dataset", "eval_dataset")
-OF_SOME = ("pattern", "ratio", "alpha", "norm")  # not all methods, counting the dense model, have these
-FORMS = {"gradient_inv": "inverse", "use_variant": "variant"}  # flags that make another method of one
+OF_SOME = ("pattern", "ratio", "alpha", "norm")  # settings that some methods, or the dense model, do not have
+FORMS = {"gradient_inv": "inverse", "use_variant": "variant"}  # flags that make one method into another -> what its name gets
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pruned model, or (`method` "dense") one that was not.
+    """The result of one pruned model, or of a dense one, whose `method` is "dense".
 
-    `settings`: all that the result depends on, `FIRST` first, without the seed. `perplexity` of the model, `dense` before it
-    was pruned; `seconds` by phase; `by_block` {"sparsity": {block: {linear: value}}}, and whatever else there is by block.
+    `settings`: all that the result depends on but the seed, those in `FIRST` first. `perplexity`: of the pruned model, and
+    `dense` before it was pruned. `seconds`: by phase. `by_block`: {"sparsity": {block: {linear: value}}}, and likewise whatever
+    else results.json has for every block.
     """
 
     settings: dict[str, Any]
@@ -42,33 +43,36 @@ class Run:
     peak_gb: float | None = None
     by_block: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     source: str = ""
-    rho: float | None = None  # what it is worse than the dense model, in units of what SparseGPT is on the same samples
+    rho: float | None = None  # rise of the perplexity over the dense one, divided by that of SparseGPT with the same samples
 
     @property
     def trained(self) -> bool:
-        """Whether its blocks were."""
+        """Whether its blocks were trained (--reconstruct)."""
         return bool(self.settings.get("reconstruct"))
 
     @property
     def key(self) -> str:
-        """Equal for runs that differ at most in their seeds."""
+        """A text that is equal for runs that differ at most in their seeds."""
         return json.dumps(self.settings)
 
 
 def read(places: Iterable[str | Path]) -> list[Run]:
-    """The runs in files (results.json, .jsonl) and below folders, in the order of names.
+    """The finished runs in files (results.json, .jsonl) and below folders, in the order of the files' names.
+
+    Of several runs with the same settings and seed the last one counts, and a warning names the other.
 
     Raises:
-        FileNotFoundError: no such place. ValueError: a file that holds no results, or no finished run anywhere.
+        MissingInput: a place does not exist.
+        InvalidInput: a file holds no results, or no place has a finished run.
     """
     runs: dict[tuple[str, int], Run] = {}
     places = [Path(place) for place in places]
     for path in [file for place in places for file in _files(place)]:
         try:
-            found = _runs_of(path)
+            runs_of_file = _runs_of(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"{path} holds no results of main.py or scripts/table.py ({error!r}): leave it out") from error
-        for run in found:
+        for run in runs_of_file:
             if earlier := runs.get((run.key, run.seed)):
                 logger.warning("%s has the settings of %s, which is left out", run.source, earlier.source)
             runs[run.key, run.seed] = run
@@ -80,7 +84,7 @@ def read(places: Iterable[str | Path]) -> list[Run]:
 
 
 def by_settings(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that differ only in their seeds, together."""
+    """Groups of runs that differ only in their seeds, in the order of the seeds."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.key, []).append(run)
@@ -88,12 +92,12 @@ def by_settings(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def varying(runs: Iterable[Run]) -> list[str]:
-    """The settings in which runs differ, in the order of `FIRST`. That a method has no alpha is no difference."""
+    """The settings in which runs differ, in the order of `FIRST`. To lack a setting in `OF_SOME`, as alpha, is no difference."""
     values: dict[str, set] = {}
     runs = list(runs)
     for name in dict.fromkeys(name for run in runs for name in run.settings):
         values[name] = {json.dumps(run.settings.get(name)) for run in runs} - ({"null"} if name in OF_SOME else set())
-    return [name for name, found in values.items() if len(found) > 1]
+    return [name for name, different in values.items() if len(different) > 1]
 
 
 def _files(place: Path) -> list[Path]:
@@ -105,9 +109,10 @@ def _files(place: Path) -> list[Path]:
 
 
 def _runs_of(path: Path) -> list[Run]:
+    """The runs of a file; none, and a warning, if it is the results.json of a run that is not finished."""
     text = path.read_text()
     if path.suffix == ".jsonl":
-        return [_of_row(json.loads(line), f"{path}:{k}") for k, line in enumerate(text.splitlines(), 1)]
+        return [_run_of_row(json.loads(line), f"{path}:{k}") for k, line in enumerate(text.splitlines(), 1)]
     results = json.loads(text)
     perplexity = results["perplexity"]
     if results.get("status", COMPLETE) != COMPLETE or perplexity["pruned"] is None:
@@ -129,7 +134,8 @@ def _runs_of(path: Path) -> list[Run]:
     ]
 
 
-def _of_row(row: dict, source: str) -> Run:
+def _run_of_row(row: dict, source: str) -> Run:
+    """The run of one line of scripts/table.py."""
     flags, phases = row["settings"], row["phases"]
     settings = _settings(
         flags,
@@ -146,57 +152,68 @@ def _of_row(row: dict, source: str) -> Run:
 
 
 def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **more) -> dict[str, Any]:
-    """What a result depends on, without flags that are off: an older run does not know the newer ones."""
-    own = {name: value for name, value in (flags | more).items() if name not in LEFT_OUT and value not in (None, False, [], "")}
-    forms = [form for name, form in FORMS.items() if own.pop(name, False)]
-    if not own.get("reconstruct"):
-        own.pop("reconstruct_lr", None)  # of no training
+    """What a result depends on; flags that are off are left out, because older runs do not have the newer flags."""
+    settings = {
+        name: value for name, value in (flags | more).items() if name not in LEFT_OUT and value not in (None, False, [], "")
+    }
+    forms = [form for name, form in FORMS.items() if settings.pop(name, False)]
+    if not settings.get("reconstruct"):
+        settings.pop("reconstruct_lr", None)  # nothing was trained
     norm = re.search(r"_norm_(l\d)_", flags.get("gradient_path") or "")
-    own |= {
+    settings |= {
         "model": Path(flags["model"]).name,
-        "method": " ".join([method, *forms, *filter(None, [own.pop("recipe", None)])]),
+        "method": " ".join([method, *forms, *filter(None, [settings.pop("recipe", None)])]),
         "pattern": pattern or None,
         "ratio": None if ratio is None else round(ratio, 4),
-        "alpha": own.get("alpha") if method == "gblm" and "inverse" not in forms else None,
+        "alpha": settings.get("alpha") if method == "gblm" and "inverse" not in forms else None,
         "norm": norm[1] if norm and method in ("gradient", "gblm") else None,
     }
-    whole = {name: int(value) for name, value in own.items() if isinstance(value, float) and value.is_integer()}
-    return {name: (own | whole).get(name) for name in (*FIRST, *sorted(own.keys() - set(FIRST)))}  # 100.0 and 100 are one alpha
+    # As integers, so that 100.0 and 100 are the same alpha.
+    settings |= {name: int(value) for name, value in settings.items() if isinstance(value, float) and value.is_integer()}
+    return {name: settings.get(name) for name in (*FIRST, *sorted(settings.keys() - set(FIRST)))}
 
 
 def _rho(run: Run, runs: Iterable[Run]) -> float | None:
-    """(perplexity - dense) / (SparseGPT's - dense), of runs that differ in the method alone; None where one is not there."""
+    """(perplexity - dense) / (SparseGPT's - dense), of runs that differ only in how they prune; None if one of them is missing."""
 
-    def those(method: str, apart: tuple[str, ...]) -> list[Run]:
-        def rest(other: Run) -> dict[str, Any]:
-            return {name: value for name, value in other.settings.items() if name not in apart and value is not None}
+    def runs_with(method: str, ignored: tuple[str, ...]) -> list[Run]:
+        """The runs of a method whose settings are those of `run`, apart from the `ignored` ones."""
 
-        return [other for other in runs if other.settings["method"] == method and rest(other) == rest(run)]
+        def compared(other: Run) -> dict[str, Any]:
+            return {name: value for name, value in other.settings.items() if name not in ignored and value is not None}
+
+        return [other for other in runs if other.settings["method"] == method and compared(other) == compared(run)]
 
     how = ("method", "alpha", "norm", "layer_ratios", *UPDATES)
-    dense = [run.dense] if run.dense else [other.perplexity for other in those("dense", (*how, "pattern", "ratio"))]
-    plain = [other for other in those("sparsegpt", how) if other.seed == run.seed and not other.settings.get("layer_ratios")]
-    reference = [other.perplexity for other in plain if other.settings.get("update") in (None, "none") and not other.trained]
+    dense = [run.dense] if run.dense else [other.perplexity for other in runs_with("dense", (*how, "pattern", "ratio"))]
+    sparsegpt = [other for other in runs_with("sparsegpt", how) if other.seed == run.seed]
+    published = [
+        other
+        for other in sparsegpt
+        if not other.settings.get("layer_ratios") and other.settings.get("update") in (None, "none") and not other.trained
+    ]
+    reference = [other.perplexity for other in published]
     if not dense or not reference or run.settings["method"] == "dense" or reference[0] == dense[0]:
         return None
     return (run.perplexity - dense[0]) / (reference[0] - dense[0])
 
 
 def _by_block(results: dict) -> dict[str, dict[str, dict[str, float]]]:
-    """{what: {block: {linear: value}}}; of errors, what is left of them after the update."""
-    found = {"sparsity": results.get("sparsity_by_block", {})}
-    return found | errors_left(results.get("errors_by_block", {}))
+    """{quantity: {block: {linear: value}}}, of the sparsity and of the errors that updates leave."""
+    return {"sparsity": results.get("sparsity_by_block", {})} | errors_left(results.get("errors_by_block", {}))
 
 
 def errors_left(by_block: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """{"error": {block: {linear, or "output" of the block: what is left}}} of a results.json's errors, and "error_held_out" of
-    the linears, where there are any."""
-    found: dict[str, dict] = {"error": {}, "error_held_out": {}}
+    """The errors that updates leave, from the "errors_by_block" of a results.json; quantities without values are left out.
+
+    {"error": {block: {linear, or "output" for the block's output: error}}, "error_held_out": the same for the linears alone}.
+    """
+    errors: dict[str, dict] = {"error": {}, "error_held_out": {}}
     for i, block in by_block.items():
         linears = block["linears"]
         output = {"output": block["output"]["after"]} if block["output"] else {}
-        found["error"][i] = {name: error["updated"] for name, error in linears.items()} | output
-        found["error_held_out"][i] = {
+        errors["error"][i] = {name: error["updated"] for name, error in linears.items()} | output
+        errors["error_held_out"][i] = {
             name: error["updated_held_out"] for name, error in linears.items() if "updated_held_out" in error
         }
-    return {what: blocks for what, blocks in found.items() if any(blocks.values())}
+    return {quantity: blocks for quantity, blocks in errors.items() if any(blocks.values())}

@@ -1,4 +1,4 @@
-"""What a run leaves behind: log.txt as published, results.json, figures."""
+"""The files that a run leaves behind: results.json, log.txt as the published code wrote it, figures."""
 
 import json
 import logging
@@ -19,19 +19,19 @@ from lib.results.read import COMPLETE, errors_left
 logger = logging.getLogger(__name__)
 
 RESULTS, LOG = "results.json", "log.txt"
-FILES = {"error": "errors", "error_held_out": "errors_held_out"}  # the figures' names
-SIZE = (figures.PAGE, 2.6)  # inches, of sparsity.png
+ERROR_FIGURES = {"error": "errors", "error_held_out": "errors_held_out"}  # quantity (`errors_left`) -> name of its figure
+SIZE = (figures.PAGE, 2.6)  # inches, of figures along the blocks
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has found out; what is not known yet is empty.
+    """What a run has measured so far; what is not known yet is empty.
 
-    `dense`, `pruned`: text -> perplexity. `reused`: texts whose dense perplexity is an earlier run's. `zeros`: block -> linear ->
-    (weights that are zero, all weights). `errors`: block -> linear -> relative errors, of the blocks whose surviving weights
-    change. `tried`: flag -> {value: perplexity on windows held out}, and `best` of them. `accuracy`: "dense", "pruned" ->
-    zero-shot results.
+    `dense`, `pruned`: text -> perplexity. `reused`: the texts whose dense perplexity is an earlier run's. `zeros`: block ->
+    linear -> (weights that are zero, all weights). `errors`: block -> linear -> relative errors, of the blocks whose surviving
+    weights were updated. `tried`: flag -> {value: perplexity on held-out windows}, of the searches. `best`: flag -> the value
+    that its search took. `accuracy`: "dense", "pruned" -> zero-shot results.
     """
 
     dense: dict[str, float]
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def results_of(outcome: Outcome, status: str, windows: dict[str, int], facts: dict) -> dict:
-    """A results.json. `windows`: text -> how many it was measured on; `facts` of the run are taken as they are."""
+    """The content of results.json. `windows`: text -> how many windows of it were measured; `facts` are taken over as they are."""
     perplexities = [
         {
             "dense": outcome.dense[source],
@@ -71,24 +71,24 @@ def results_of(outcome: Outcome, status: str, windows: dict[str, int], facts: di
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that numbers may depend on, and of CUDA where torch has it."""
+    """{package: version} of the packages that numbers may depend on, and of CUDA where there is a GPU."""
     packages = {name: version(name) for name in PACKAGES}
     return packages | ({"cuda": torch.version.cuda} if torch.cuda.is_available() else {})
 
 
 def name_of(device: torch.device) -> str:
-    """Which device numbers are from: a GPU by its name, for another one rounds otherwise."""
+    """The device as results name it: a GPU by its model, because another model may round differently."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def differences(before: dict, now: dict) -> str:
-    """What two sets of settings do not share, "nsamples was 8 and is now 16"; empty if nothing."""
+    """How two sets of settings differ, such as "nsamples was 8 and is now 16"; empty if they are equal."""
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed)
 
 
 def point_out_earlier(place: Path, before: dict, now: dict) -> None:
-    """Say before the work that an earlier result in `place` will be overwritten, and what differs."""
+    """Log, before the work, that the earlier result in `place` will be overwritten, and how its settings differ."""
     if changed := differences(before, now):
         logger.warning("the earlier result in %s will be overwritten when this run finishes: %s", place, changed)
     else:
@@ -96,28 +96,30 @@ def point_out_earlier(place: Path, before: dict, now: dict) -> None:
 
 
 def point_out_unknown(place: Path) -> None:
-    """The same of what lies in `place` and does not tell what made it: damaged, unfinished, or of another tool."""
+    """Log, before the work, that what is in `place` will be overwritten: a damaged or unfinished result, or another tool's."""
     if place.exists():
         logger.warning("%s, which does not tell what made it, will be overwritten when this run finishes", place)
 
 
 def point_out_earlier_run(save: str, settings: dict, without: frozenset[str] = frozenset()) -> None:
-    """The same of the results in the folder `save`; `settings` are this run's flags, layer_ratios, weights and versions, of
-    which those in `without` are not compared."""
+    """Log, before the work, that the results in the folder `save` will be overwritten.
+
+    `settings` are this run's flags, layer_ratios, weights and versions; those named in `without` are not compared.
+    """
     earlier = read(save)
     if not earlier:
         for file in (RESULTS, LOG):
             point_out_unknown(Path(save, file))
         return
-    others = {key: value for key, value in settings.items() if key != "flags" and key not in without}
-    before = earlier.get("flags", {}) | {key: earlier.get(key) for key in others}
-    now = settings["flags"] | others
+    beside_flags = {key: value for key, value in settings.items() if key != "flags" and key not in without}
+    before = earlier.get("flags", {}) | {key: earlier.get(key) for key in beside_flags}
+    now = settings["flags"] | beside_flags
     compared = [key for key in now if key in before and key not in ("save", "save_model")]
     point_out_earlier(Path(save, RESULTS), {key: before[key] for key in compared}, {key: now[key] for key in compared})
 
 
 def read(folder: str, file: str = RESULTS) -> dict:
-    """A JSON file in `folder`, such as the results of an earlier run; {} where there is none that can be read."""
+    """A JSON object in `folder`, such as the results of an earlier run; {} if there is none, or none that can be read."""
     try:
         results = json.loads(Path(folder, file).read_text())
         return results if isinstance(results, dict) else {}
@@ -126,10 +128,10 @@ def read(folder: str, file: str = RESULTS) -> dict:
 
 
 def write(folder: str, results: dict, plots: bool = False) -> None:
-    """Write results.json and figures into `folder`, and when the run is complete log.txt, which says so.
+    """Write results.json and figures into `folder`, and log.txt if the run is complete.
 
-    Each has its name only when it is whole. An earlier run's log.txt goes with that run's results.json. A figure that cannot be
-    drawn does not end a run.
+    A file gets its name only when it is whole. If the run is not complete, an earlier run's log.txt is removed, because its
+    results.json is replaced. A figure that cannot be drawn is a warning, and does not end the run.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -141,21 +143,21 @@ def write(folder: str, results: dict, plots: bool = False) -> None:
         replace_file(log, lambda file: file.write_text(f"actual_sparsity\tppl\n{results['sparsity']:.4f}\t{pruned:.4f}\n"))
     try:
         _draw(path, results, plots)
-    except Exception as error:  # of the disk, of fonts, of a library: the numbers are whole
+    except Exception as error:  # the disk, fonts or a library may fail; the numbers are already written
         logger.warning("figures in %s could not be drawn (%s: %s)", folder, type(error).__name__, error)
 
 
 def _draw(path: Path, results: dict, plots: bool) -> None:
-    """sparsity.png, figures of errors where there are any, and all that --plots asks for."""
+    """Draw sparsity.png, the errors that updates leave where there are any, and what --plots asks for."""
     zeros, ends = results["sparsity_by_block"], (".png", ".pdf") if plots else (".png",)
     figures.save(lambda figure: figures.blocks(figure, _by_kind(zeros), "share of zeros"), path / "sparsity", SIZE, ends=ends)
     errors = errors_left(results["errors_by_block"])
-    for what, name in FILES.items():
-        if what in errors:
-            label = "error left" if what == "error" else "error left, held out"
-            draw = partial(figures.blocks, by_block=_by_kind(errors[what]), ylabel=label)
+    for quantity, name in ERROR_FIGURES.items():
+        if quantity in errors:
+            label = "error left" if quantity == "error" else "error left, held out"
+            draw = partial(figures.blocks, by_block=_by_kind(errors[quantity]), ylabel=label)
             figures.save(draw, path / name, SIZE, ends=ends)
-        else:  # an earlier run's
+        else:  # such a figure would be an earlier run's
             for end in (".png", ".pdf"):
                 path.joinpath(name + end).unlink(missing_ok=True)
     if plots and results["status"] == COMPLETE:
@@ -164,7 +166,7 @@ def _draw(path: Path, results: dict, plots: bool) -> None:
 
 
 def _finite(value):
-    """The same with NaN and infinities as strings, which JSON can hold and `float` reads."""
+    """The value with NaN and infinities replaced by strings, which JSON can hold and `float` can read."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -173,13 +175,15 @@ def _finite(value):
 
 
 def by_linear(zeros: dict) -> dict[str, dict[str, float]]:
-    """{block: {linear: sparsity}}, for JSON."""
+    """{block: {linear: sparsity}}, as JSON has it, from {block: {linear: (zeros, weights)}}."""
     return {str(i): {name: zero / total for name, (zero, total) in linears.items()} for i, linears in zeros.items()}
 
 
 def errors_by_linear(errors: dict) -> dict[str, dict]:
-    """{block: {"linears": {linear: {"masked", "updated", and both on windows held out}}, "output": {"before", "after"}}}, for
-    JSON."""
+    """Errors as JSON has them: {block: {"linears": {linear: errors}, "output": errors before and after reconstruction}}.
+
+    The errors of a linear are "masked" and "updated", and the same two on held-out windows where there are any.
+    """
     names = ("masked", "updated", "masked_held_out", "updated_held_out")
     return {
         str(i): {
@@ -191,7 +195,7 @@ def errors_by_linear(errors: dict) -> dict[str, dict]:
 
 
 def _by_kind(blocks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """{block: {kind of linear: mean}}: the experts of a block are one line of a figure."""
+    """{block: {kind of linear: mean}}, so that all experts of a block are one line of a figure."""
     means = {}
     for i, linears in blocks.items():
         kinds: dict[str, list[float]] = {}

@@ -1,23 +1,24 @@
-"""A run's results (results.json) as tables: Markdown, in columns, for the terminal and for the model card."""
+"""A run's results (results.json) as Markdown tables in aligned columns, for the terminal and for the model card."""
 
 from collections.abc import Iterable, Sequence
 
-UNITS = {"seconds": "seconds", "peak_host_gb": "host GB", "peak_gpu_gb": "GPU GB"}  # of a phase's record
+UNITS = {"seconds": "seconds", "peak_host_gb": "host GB", "peak_gpu_gb": "GPU GB"}  # key of a phase -> its column
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """A Markdown table, its first column aligned to the left and the others to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(header))]
     rule = ["-" * width if k == 0 else "-" * (width - 1) + ":" for k, width in enumerate(widths)]
-    return "\n".join(
-        f"| {' | '.join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(zip(line, widths, strict=True)))} |"
+    aligned = [
+        [cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(zip(line, widths, strict=True))]
         for line in [lines[0], rule, *lines[1:]]
-    )
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
 def perplexities(results: dict) -> str:
-    """A row for each text."""
+    """Dense and pruned perplexity, a row for each text."""
     length = results["flags"]["seq_length"]
     rows = [
         [entry["dataset"], f"{entry['windows']} x {length}", f"{entry['dense']:.4f}", f"{entry['pruned']:.4f}"]
@@ -27,18 +28,18 @@ def perplexities(results: dict) -> str:
 
 
 def zero_shot(results: dict) -> str:
-    """A row for each task and metric, with standard errors where the harness has them, and the mean accuracy."""
-    scored = results["zero_shot"]
-    last = scored["pruned"]
+    """Zero-shot results, a row for each task and metric, with standard errors where the harness has them; and the mean accuracy."""
+    models = results["zero_shot"]  # "dense" where it was scored, and "pruned"
+    pruned = models["pruned"]
     rows = []
-    for task, entry in last["tasks"].items():
+    for task, entry in pruned["tasks"].items():
         for metric in entry:
             if not metric.endswith("_stderr") and f"{metric}_stderr" in entry:
-                values = [_with_error(one["tasks"][task], metric) for one in scored.values()]
+                values = [_with_error(model["tasks"][task], metric) for model in models.values()]
                 rows.append([task, metric, str(entry["num_fewshot"]), str(entry["documents"]), *values])
-    if last["mean"] is not None:
-        rows.append(["mean", "acc", "", "", *(f"{one['mean']:.4f}" for one in scored.values())])
-    return table([f"lm_eval {last['harness']}", "metric", "shots", "questions", *scored], rows)
+    if pruned["mean"] is not None:
+        rows.append(["mean", "acc", "", "", *(f"{model['mean']:.4f}" for model in models.values())])
+    return table([f"lm_eval {pruned['harness']}", "metric", "shots", "questions", *models], rows)
 
 
 def phases(results: dict) -> str:
@@ -50,16 +51,16 @@ def phases(results: dict) -> str:
 
 
 def summary(results: dict, saved: Sequence[str]) -> str:
-    """All of it, and which files there are now."""
+    """All tables of a run, its sparsity, and the lines `saved`, which say what files it wrote."""
     parts = [perplexities(results), phases(results)]
     if "zero_shot" in results:
         parts.insert(1, zero_shot(results))
-    asked = f"sparsity {results['sparsity']:.4f} of the linears, {results['sparsity_asked']:.4f} asked for"
-    return "\n\n".join([*parts, "\n".join([asked, *saved])])
+    sparsity = f"sparsity {results['sparsity']:.4f} of the linears, {results['sparsity_asked']:.4f} asked for"
+    return "\n\n".join([*parts, "\n".join([sparsity, *saved])])
 
 
 def last_lines(results: dict, text: str, saved: Sequence[str]) -> str:
-    """What a run ends with; `text` is what its first perplexity was measured on."""
+    """The lines that a run ends with: its results; `text` says what its first perplexity was measured on."""
     measured = results["perplexity"]
     lines = [perplexities(results)] if "perplexities" in results else []
     lines += [zero_shot(results)] if "zero_shot" in results else []

@@ -1,8 +1,8 @@
-"""Peak memory of the gradient command against a naive restatement in float32, each in a process of its own.
+"""Peak memory of the gradient command and of a naive restatement in float32, each measured in a new process.
 
     python scripts/benchmarks/memory.py --model demo/SmolLM2-135M-Instruct
 
-Naive: whole-model backward in float32, both sums in fp32 on the host (`naive_gradients` of speed.py).
+The restatement is a backward pass of the whole model with both sums in memory (`naive_gradients` of speed.py).
 """
 
 import argparse
@@ -30,7 +30,7 @@ naive_gradients(decoder.model, linears, windows)
 
 
 def peak(*arguments: str) -> float:
-    """GB of a Python process' peak resident set."""
+    """Run Python; returns the peak resident set of the process, in GB."""
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -40,10 +40,10 @@ def peak(*arguments: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="default: %(default)s")
-    parser.add_argument("--dataset", default="demo/calibration.jsonl", help="default: %(default)s")
-    parser.add_argument("--nsamples", default="8", help="default: %(default)s")
-    parser.add_argument("--seq_length", default="2048", help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="folder or hub name (default: %(default)s)")
+    parser.add_argument("--dataset", default="demo/calibration.jsonl", help="calibration text (default: %(default)s)")
+    parser.add_argument("--nsamples", default="8", help="number of samples (default: %(default)s)")
+    parser.add_argument("--seq_length", default="2048", help="tokens in a sample (default: %(default)s)")
     args = parser.parse_args()
     naive = peak("-c", NAIVE, args.model, args.dataset, args.nsamples, args.seq_length)
     print(f"naive, float32                       {naive:6.2f} GB", flush=True)

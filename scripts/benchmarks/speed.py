@@ -1,9 +1,9 @@
-"""Time this project's masks and gradient pass against a naive restatement, in the same run, as ratios.
+"""Time this project's masks and gradients and a naive restatement in the same run, and print the ratios.
 
     python scripts/benchmarks/speed.py --model demo/SmolLM2-135M-Instruct
 
-Naive masks: a Python loop over N:M groups; a full stable sort of every row. Naive gradients: whole-model backward in
-float32, every gradient copied and accumulated in fp32 twice. Each pair runs in turn; the median of the ratios is printed.
+Naive masks are a Python loop over N:M groups, and a full stable sort of every row. Naive gradients are a backward pass of the
+whole model in float32, with every gradient copied and accumulated twice. The two run in turn, and the median ratio is printed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lib.pruning import masks
 
 
 def naive_n_of_m(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Group after group of columns, the n lowest of each by a stable sort."""
+    """Mask the n lowest scores of each group of m columns, group after group, by a stable sort."""
     mask = torch.zeros_like(score, dtype=torch.bool)
     for start in range(0, score.shape[1], m):
         lowest = torch.sort(score[:, start : start + m], dim=1, stable=True).indices[:, :n]
@@ -30,13 +30,13 @@ def naive_n_of_m(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def naive_per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The first positions of a full stable sort."""
+    """Mask the lowest scores of each row, by a full stable sort."""
     lowest = torch.sort(score, dim=1, stable=True).indices[:, : int(score.shape[1] * ratio)]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, lowest, True)
 
 
 def naive_gradients(language_model: torch.nn.Module, linears: dict, windows: torch.Tensor) -> tuple[dict, dict]:
-    """l1 and l2 norms by whole-model backward: {name: (out, in)} each."""
+    """The l1 and the l2 norms by backward passes of the whole model, each as {name: (out, in)}."""
     language_model.requires_grad_(True)
     l1 = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
     l2 = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
@@ -58,7 +58,7 @@ def seconds(function, *args, **kwargs) -> float:
 
 
 def compare(label: str, naive, ours, runs: int) -> None:
-    """Run both in turn and print the median of naive time / our time."""
+    """Run both in turn, `runs` times; print the median times, and the median of naive time / our time."""
     naive(), ours()
     pairs = [(seconds(naive), seconds(ours)) for _ in range(runs)]
     slow, fast = (statistics.median(times) for times in zip(*pairs, strict=True))
@@ -68,10 +68,10 @@ def compare(label: str, naive, ours, runs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="default: %(default)s")
-    parser.add_argument("--nsamples", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--seq_length", type=int, default=512, help="tokens of a sample (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=2, help="of each pair (default: %(default)s)")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="folder or hub name (default: %(default)s)")
+    parser.add_argument("--nsamples", type=int, default=8, help="number of samples (default: %(default)s)")
+    parser.add_argument("--seq_length", type=int, default=512, help="tokens in a sample (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=2, help="number of times that each pair is run (default: %(default)s)")
     args = parser.parse_args()
 
     decoder = loading.load(args.model, dtype="float32", device="cpu")
@@ -95,16 +95,16 @@ def main() -> None:
 
     windows = torch.randint(decoder.model.config.vocab_size, (args.nsamples, args.seq_length), generator=generator)
 
-    def ours(own):
-        for _, sums in gradient_norms(own, windows):
+    def our_gradients(model):
+        for _, sums in gradient_norms(model, windows):
             sums.result("l1"), sums.result("l2")
 
     default = loading.load(args.model, device="cpu")
-    for label, own in (("float32", decoder), (f"default, {default.model.dtype}".replace("torch.", ""), default)):
+    for label, model in (("float32", decoder), (f"default, {default.model.dtype}".replace("torch.", ""), default)):
         compare(
             f"gradients ({label})",
             lambda: naive_gradients(decoder.model, linears, windows),
-            lambda own=own: ours(own),
+            lambda model=model: our_gradients(model),
             args.runs,
         )
 

@@ -83,7 +83,7 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     assert results["phases"]["search layer_ratios"]["seconds"] > 0
 
     card = (tmp_path / "line" / "README.md").read_text()
-    assert chosen in card and "calibration text left out" in card and "text.jsonl" in card
+    assert chosen in card and "held-out calibration text" in card and "text.jsonl" in card
     run(*command, tmp_path / "given", "--layer_ratios", chosen)
     line, given = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("line", "given"))
     assert line == given

@@ -138,10 +138,10 @@ def test_the_mask_is_the_checkpoints(family, checkpoints):
     folder, _ = checkpoints(family)
     decoder, on_disk = loading.load(str(folder), dtype="float32", device="cpu"), loading.on_disk(str(folder))
     for name, linear in decoder.linears(1).items():
-        kept = plot_mask.kept(on_disk, decoder.prefixes[1] + name)
-        assert np.array_equal(kept, (linear.weight != 0).numpy())
-    with pytest.raises(ValueError, match="--linear lm_head is none of the"):
-        plot_mask.kept(on_disk, "lm_head")
+        survivors = plot_mask.survivors(on_disk, decoder.prefixes[1] + name)
+        assert np.array_equal(survivors, (linear.weight != 0).numpy())
+    with pytest.raises(ValueError, match="--linear lm_head is not one of the"):
+        plot_mask.survivors(on_disk, "lm_head")
 
 
 def test_the_mask_script(checkpoints, tmp_path, capsys):

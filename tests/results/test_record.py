@@ -15,7 +15,8 @@ import main as pruning
 from lib import atomic
 from lib.gradients.folder import GradientNorms
 from lib.models import fingerprint
-from lib.results import record
+from lib.results import card, figures, record
+from lib.results.read import COMPLETE
 
 
 def pruned(*arguments) -> None:
@@ -40,6 +41,17 @@ def flags(saved_model, documents, tmp_path) -> list:
 @pytest.fixture
 def wanda(flags, tmp_path) -> list:
     return [*flags, "--prune_method", "wanda", "--sparsity_ratio", 0.5, "--eval_dataset", flags[3], "--save", tmp_path / "out"]
+
+
+RESULTS = {
+    "status": COMPLETE,
+    "flags": {"seq_length": 16, "model": "owner/name", "prune_method": "wanda", "sparsity_type": "2:4"},
+    "perplexity": {"dataset": "wikitext2", "windows": 148, "dense": 5.0, "pruned": 6.25},
+    "sparsity": 0.5,
+    "sparsity_by_block": {"0": {"mlp.up_proj": 0.5}},
+    "errors_by_block": {},
+    "phases": {"prune": {"seconds": 12.5, "peak_host_gb": 1.5}},
+}
 
 
 class Died(BaseException):
@@ -134,6 +146,42 @@ def test_results_are_json_whatever_the_perplexity(wanda, tmp_path, monkeypatch):
     pruned(*wanda)
     results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert float(results["perplexity"]["pruned"]) == math.inf
+
+
+def test_figures_that_cannot_be_drawn_are_a_warning(tmp_path, monkeypatch, caplog):
+    def full(*args, **more):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(figures, "save", full)
+    record.write(str(tmp_path), RESULTS)
+    assert json.loads((tmp_path / "results.json").read_text()) == RESULTS
+    assert (tmp_path / "log.txt").read_text() == "actual_sparsity\tppl\n0.5000\t6.2500\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "log.txt"}
+    assert [(line.levelname, line.getMessage()) for line in caplog.records] == [
+        ("WARNING", f"figures in {tmp_path} could not be drawn (OSError: No space left on device)")
+    ]
+
+
+def test_there_is_a_log_txt_only_of_a_run_that_is_complete(tmp_path):
+    unfinished = RESULTS | {"status": "pruned; the zero-shot tasks are being scored"}
+    for results in (unfinished, RESULTS, unfinished, RESULTS | {"sparsity": 0.25}):
+        record.write(str(tmp_path), results)
+        assert (tmp_path / "log.txt").exists() == (results["status"] == COMPLETE)
+        assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "log.txt").read_text() == "actual_sparsity\tppl\n0.2500\t6.2500\n"
+
+
+def test_results_and_the_card_name_the_gpu_and_the_version_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H100 number {device.index}")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    facts = {"versions": record.versions(), "device": record.name_of(torch.device("cuda", 1)), "dtype": "float16"}
+    assert facts["versions"]["cuda"] == "12.8" and facts["device"] == "NVIDIA H100 number 1"
+    text = card.body(RESULTS | facts, "python main.py", calibrated=True, updated=False)
+    assert "cuda 12.8; computed in float16 on NVIDIA H100 number 1." in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cuda" not in record.versions() and set(record.versions()) == set(record.PACKAGES)
+    assert record.name_of(torch.device("cpu")) == "cpu"
 
 
 def test_earlier_results_are_pointed_out_before_they_are_replaced(wanda, tmp_path, caplog):

@@ -8,6 +8,7 @@ import collect_results
 import pytest
 from conftest import ROOT
 
+from lib.errors import InvalidInput
 from lib.results import read
 
 FLAGS = {
@@ -146,6 +147,31 @@ def test_unfinished_runs_are_left_out_and_said(tmp_path, caplog):
     assert "b/results.json is of a run that has not ended" in caplog.text
 
 
+def test_a_run_is_finished_when_its_status_says_so(tmp_path, caplog):
+    """That its pruned perplexity is known is not enough; results of older versions have no status."""
+    statuses = {"scoring": "pruned; the zero-shot tasks are being scored", "complete": read.COMPLETE, "older": None}
+    for nsamples, (name, status) in enumerate(statuses.items(), 1):
+        path = write(tmp_path, name, nsamples=nsamples)
+        if status is not None:
+            path.write_text(json.dumps({"status": status, **json.loads(path.read_text())}))
+    assert [run.settings["nsamples"] for run in read.read([tmp_path])] == [2, 3]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'scoring' / 'results.json'} is of a run that has not ended, and is left out"
+    ]
+    with pytest.raises(InvalidInput, match="no finished run"):
+        read.read([tmp_path / "scoring"])
+
+
+@pytest.mark.parametrize("phase", ["search alpha", "search layer_ratios", "choose alpha", "choose layer_ratios"])
+def test_the_seconds_of_a_search_are_seconds_of_pruning(phase, tmp_path):
+    path = write(tmp_path, "a")
+    results = json.loads(path.read_text())
+    results["phases"][phase] = {"seconds": 20.0, "peak_host_gb": 1.0}
+    path.write_text(json.dumps(results))
+    (row,) = collect(tmp_path, "--output", tmp_path / "table")
+    assert row["markdown"]["seconds: pruning + perplexity"] == "23 + 4"
+
+
 def test_the_same_run_twice_counts_once(tmp_path, caplog):
     write(tmp_path, "a", 40.0)
     write(tmp_path, "b", 41.0)
@@ -163,7 +189,7 @@ def test_where_chooses(tmp_path):
     for wrong, message in (("colour=red", "no such setting"), ("seed=9", "no run has seed=9")):
         with pytest.raises(ValueError, match=message):
             collect(tmp_path, *output, "--where", wrong)
-    with pytest.raises(ValueError, match="colour is none of"):
+    with pytest.raises(ValueError, match="colour is not one of"):
         collect(tmp_path, *output, "--columns", "colour")
 
 
