@@ -1,7 +1,7 @@
-"""How a model's forward runs its blocks: which they are, in which order, and what it hands from one to the next.
+"""How a model's forward runs its blocks: which ones, in which order, and what it hands from one to the next.
 
-Learnt from forwards whose blocks do nothing but take notes, so that no family is a special case; what a model does between
-its blocks would be lost when they are run one by one, and is refused.
+This is learnt from forward passes whose blocks do nothing but take notes, so that no family is a special case. What a model
+does between its blocks would be lost when they are run one by one, so a model that does anything there is refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,26 +16,26 @@ from transformers.cache_utils import Cache
 from lib.errors import InvalidInput
 from lib.models.host import is_device_fault, is_out_of_memory
 
-MOST_RETURNED = 4  # of the values that a block returns
+MOST_RETURNED = 4  # values in the tuple that a block returns, at most
 
-Call = tuple[torch.Tensor, dict]  # the hidden state that a block is given, and its other arguments
+Call = tuple[torch.Tensor, dict]  # the hidden state that a block is called with, and its other arguments
 
 
 @dataclass
 class Chain:
     """What a model's forward takes from its blocks."""
 
-    returned: int  # how many values; 0: not a tuple of them, but the hidden state alone
-    run: list[int] = field(default_factory=list)  # the blocks that it runs, in their order
-    # What blocks hand on besides hidden states: {block: {argument: (the block that returned it, at which position)}}
+    returned: int  # number of values in the tuple that a block returns; 0: no tuple, but the hidden state alone
+    run: list[int] = field(default_factory=list)  # the blocks that the forward runs, in order
+    # What blocks hand on besides hidden states: {block: {argument: (block that returned it, position in its tuple)}}
     takes: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
 
     def output(self, hidden: torch.Tensor, rest: list | None = None):
-        """What a block returns, with nothing, or `rest`, besides its hidden state."""
+        """A value such as a block returns: the hidden state, and `rest` (by default Nones) besides."""
         return (hidden, *(rest or [None] * (self.returned - 1))) if self.returned else hidden
 
-    def given(self, i: int) -> list[tuple[int, int]]:
-        """What block `i` returns that later blocks take: (i, position)."""
+    def handed_on(self, i: int) -> list[tuple[int, int]]:
+        """(i, position) of all that later blocks take of what block `i` returns."""
         return sorted({place for taken in self.takes.values() for place in taken.values() if place[0] == i})
 
 
@@ -44,10 +44,13 @@ class _Recorded(Exception):
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of a decoder's blocks, and its name: as long as the config says, least deep inside, of the most weights.
+    """The name of the list of a decoder's blocks, and the list.
+
+    If there are several lists, it is one that is as long as the config says; of those, the least nested; of those, the one
+    with the most weights.
 
     Raises:
-        ValueError: there is none.
+        InvalidInput: there is no list.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
 
@@ -65,8 +68,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @contextmanager
 def replaced(blocks: nn.ModuleList, forwards: list[Callable]) -> Iterator[None]:
-    """Inside the context, every block's forward is another one."""
-    # On the instance, so that a model that asks a block for its attributes still finds them.
+    """Inside the context, `forwards` take the place of the blocks' forwards."""
+    # They are set on the instances, so that a model that looks up attributes of its blocks still finds them.
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
@@ -77,31 +80,33 @@ def replaced(blocks: nn.ModuleList, forwards: list[Callable]) -> Iterator[None]:
 
 
 def calls(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, chain: Chain) -> dict[int, Call]:
-    """{block: what it is called with} of a forward of token ids (B, T) whose blocks do nothing.
+    """{block: what it is called with} in a forward pass of token ids (B, T) whose blocks do nothing.
 
-    Live caches are left out: they would collect keys across samples.
+    Caches become None: they would collect the keys of all samples.
     """
-    found: dict[int, Call] = {}
+    noted: dict[int, Call] = {}
 
     def note(i: int, hidden: torch.Tensor, arguments: dict):
-        found[i] = hidden, {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
-        return chain.output(found[min(found)][0])  # of any size: nothing is looked at any more
+        noted[i] = hidden, {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
+        return chain.output(noted[min(noted)][0])  # the first input again: the model only hands it on
 
     _forward(model, blocks, tokens, note)
-    return found
+    return noted
 
 
 def learn(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor) -> Chain:
-    """Find out how a model's forward runs its blocks, from a few tokens (1, T).
+    """Find out from a few tokens (1, T) how a model's forward runs its blocks.
+
+    How many values its blocks return is found by trying.
 
     Raises:
-        ValueError: it runs none of them, one twice or out of order, or changes hidden states between two of them.
+        InvalidInput: it runs no block, runs one twice or out of order, or changes hidden states between two of them.
     """
     errors: list[Exception] = []
     for returned in range(MOST_RETURNED + 1):
         try:
             return _follow(model, blocks, tokens, Chain(returned))
-        except Exception as error:  # of the model's own code, which was given other than it expects
+        except Exception as error:  # from the model's code, to which the blocks have returned something unexpected
             if is_out_of_memory(error) or is_device_fault(error):
                 raise
             errors.append(error)
@@ -109,9 +114,9 @@ def learn(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor) -> Chai
 
 
 def _follow(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, chain: Chain) -> Chain:
-    """Complete a chain from one forward, if what the blocks return comes to the next block as it is."""
+    """Complete a chain from one forward pass, if what each block returns reaches the next block unchanged."""
     last: list[torch.Tensor] = []
-    marks: list[tuple[torch.Tensor, tuple[int, int]]] = []  # what blocks have returned besides -> from where
+    marks: list[tuple[torch.Tensor, tuple[int, int]]] = []  # (returned besides a hidden state, (block, position))
 
     def note(i: int, hidden: torch.Tensor, arguments: dict):
         if chain.run:
@@ -129,19 +134,19 @@ def _follow(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, chain
         marks.extend((mark, (i, position)) for position, mark in enumerate(rest, 1))
         return chain.output(last[0], rest)
 
-    # To its end: what a model takes from a single block shows in what comes after it.
+    # To the end of the forward, because what a model takes from its last block shows only after it.
     output = _forward(model, blocks, tokens, note, to_the_end=True)
     if not chain.run:
         raise InvalidInput("the forward runs none of them")
     if output.logits.ndim != 3:
-        raise InvalidInput(f"logits of shape {tuple(output.logits.shape)} come of what its blocks return")
+        raise InvalidInput(f"logits of shape {tuple(output.logits.shape)} are computed from what its blocks return")
     return chain
 
 
 def _forward(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, note: Callable, to_the_end: bool = False):
-    """Run a model up to its last block, every block's forward being `note(number, hidden, other arguments by name)`.
+    """Run a model whose blocks do nothing but call `note(number, hidden, other arguments by name)` and return its result.
 
-    Returns what the model does, if it goes on after that block.
+    Stops at the last block and returns None, or, if it goes on `to_the_end`, returns what the model returns.
     """
 
     def noting(i: int, block: nn.Module):

@@ -1,4 +1,4 @@
-"""A model's config.json: read, refused where its model cannot be pruned, and what it says of the model."""
+"""Reads a model's config.json, refuses models that cannot be pruned, and says what follows from the config."""
 
 import traceback
 from collections.abc import Iterator
@@ -21,32 +21,32 @@ from lib.errors import InvalidInput, Refusal
 from lib.models.decoder import Decoder
 from lib.models.host import is_out_of_memory
 
-# How a checkpoint that was published in few bits is had in 16, by its quant_method.
+# quant_method of a checkpoint that was published in few bits -> how to turn it into one of 16 bits
 DENSE = {
     "fp8": "dequantise it first (FineGrainedFP8Config(dequantize=True) of transformers, then save_pretrained)",
     "mxfp4": "dequantise it first (Mxfp4Config(dequantize=True) of transformers, then save_pretrained)",
 }
-LIBRARY = Path(__file__).resolve().parents[1]  # our own code
+LIBRARY = Path(__file__).resolve().parents[1]  # the code of this project
 SAID = 200  # characters of another library's message that are passed on
-TABLE_OFFSET = 2  # rows before the first position in the tables of OPT and its like
-NEED_BOS = ("gemma",)  # in a config's model_type: models that are lost in a window that does not begin with BOS
+TABLE_OFFSET = 2  # rows before the first position in the position tables of OPT and similar models
+NEED_BOS = ("gemma",)  # part of the model_type of models that fail in a window that does not begin with BOS
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """A model's config.
 
     Raises:
-        ValueError: damaged, of an unknown kind, in need of --trust_remote_code, or of a model this project cannot prune.
+        InvalidInput: it is damaged, of an unknown type, in need of --trust_remote_code, or of a model that cannot be pruned.
     """
     remedy = "restore it, or download the model again"
     with reading(name, "its config.json", remedy):
-        said, _ = PretrainedConfig.get_config_dict(name)
-        if not isinstance(said, dict):
-            raise InvalidInput(f"{name}: its config.json cannot be read (it holds a {type(said).__name__}): {remedy}")
-        kind, code = said.get("model_type"), said.get("auto_map") or {}
+        content, _ = PretrainedConfig.get_config_dict(name)
+        if not isinstance(content, dict):
+            raise InvalidInput(f"{name}: its config.json cannot be read (it holds a {type(content).__name__}): {remedy}")
+        kind, code = content.get("model_type"), content.get("auto_map") or {}
     if kind not in CONFIG_MAPPING and not code:
-        known = f"which transformers {__version__} does not know: see which version does, or whether the name is right"
-        raise InvalidInput(f"{name} has the model_type {kind!r} in its config.json, {known}")
+        advice = f"which transformers {__version__} does not know: check the name, or find out which version knows it"
+        raise InvalidInput(f"{name} has the model_type {kind!r} in its config.json, {advice}")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         raise InvalidInput(
             f"{name} runs code of its own ({kind}, auto_map in config.json): read it, then add --trust_remote_code"
@@ -67,13 +67,13 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """What makes a model of a config: of a language model alone, or where transformers has none, in its multimodal wrapper."""
+    """The class that makes a model from a config: a language model, or its multimodal wrapper if transformers has no other."""
     wrapped = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
 def positions(decoder: Decoder) -> tuple[int | None, bool]:
-    """How many positions a model was made for (None: it does not say), and whether it has a table that ends there."""
+    """How many positions a model was made for (None if unknown), and whether it has a table of positions that ends there."""
     count = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
     if count is None:
         return None, False
@@ -86,15 +86,18 @@ def positions(decoder: Decoder) -> tuple[int | None, bool]:
 
 
 def needs_bos(decoder: Decoder) -> bool:
-    """Whether a model's family was trained with BOS before every text, and needs it: Gemma 1 to 4 and what derives from them."""
+    """Whether a model was trained with BOS before every text and needs it, like Gemma 1 to 4 and models derived from them."""
     return any(family in decoder.model.config.model_type for family in NEED_BOS)
 
 
 @contextmanager
 def reading(name: str, what: str, remedy: str) -> Iterator[None]:
-    """What libraries raise about a model's files, in a dozen types and many lines, as one refusal of one line.
+    """Inside the context, what libraries raise about a model's files, of many types and lines, becomes one line.
 
-    A defect of this project, and memory that does not suffice, stay what they are.
+    Errors from this project's code and a lack of memory stay what they are.
+
+    Raises:
+        InvalidInput: instead of what the libraries raise.
     """
     try:
         yield
@@ -102,5 +105,5 @@ def reading(name: str, what: str, remedy: str) -> Iterator[None]:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if isinstance(error, Refusal) or is_out_of_memory(error) or LIBRARY in raised_in.parents:
             raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
-        raise InvalidInput(f"{name}: {what} cannot be read ({said}): {remedy}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+        raise InvalidInput(f"{name}: {what} cannot be read ({reason}): {remedy}") from error

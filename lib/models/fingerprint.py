@@ -1,4 +1,4 @@
-"""A few weights of each matrix, by which a model is known again, in any dtype, in memory or on disk."""
+"""A few weights of each matrix, by which a model is recognised in any dtype, in memory or on disk."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 from lib.models.decoder import Decoder
 
-VALUES = 16  # of each matrix
+VALUES = 16  # weights of each matrix
 
 
 def of_block(decoder: Decoder, i: int) -> dict[str, torch.Tensor]:
@@ -14,15 +14,15 @@ def of_block(decoder: Decoder, i: int) -> dict[str, torch.Tensor]:
     matrices = decoder.matrices(i)
     if not matrices:
         return {}
-    where = [_evenly(matrix.shape) for matrix in matrices.values()]
+    places = [_evenly(matrix.shape) for matrix in matrices.values()]
     read: dict[str, torch.Tensor] = {}
     if decoder.source is None:
-        where = torch.stack(where).to(decoder.device, non_blocking=True)  # (matrices, 2, values)
+        places = torch.stack(places).to(decoder.device, non_blocking=True)  # (matrices, 2, values)
     values = []
-    for matrix, (row, column) in zip(matrices.values(), where, strict=True):
+    for matrix, (row, column) in zip(matrices.values(), places, strict=True):
         weight = matrix.weight.detach()
         if decoder.source is not None:
-            if matrix.tensor_name not in read:  # a stack once for all its matrices
+            if matrix.tensor_name not in read:  # a stack is read once for all its matrices
                 read = {matrix.tensor_name: decoder.source[decoder.prefixes[i] + matrix.tensor_name]}
             weight = matrix.of(read[matrix.tensor_name])
         values.append(weight[row, column].float())
@@ -30,7 +30,7 @@ def of_block(decoder: Decoder, i: int) -> dict[str, torch.Tensor]:
 
 
 def checksum(decoder: Decoder) -> str:
-    """SHA-256 of the fingerprint of all blocks: which weights these are."""
+    """SHA-256 of the fingerprints of all blocks: it tells which weights these are."""
     digest = hashlib.sha256()
     for i in range(len(decoder)):
         for values in of_block(decoder, i).values():

@@ -1,4 +1,4 @@
-"""A model's name to a `Decoder`: in memory, or its blocks left in the checkpoint; on which device and in which dtype."""
+"""Makes a `Decoder` from a model's name, in memory or with its blocks left in the checkpoint, on a device and in a dtype."""
 
 import logging
 from collections.abc import Iterator
@@ -32,26 +32,29 @@ def load(
 ) -> Decoder:
     """Load a local or hub model for inference and pruning.
 
-    `dtype` "auto": the checkpoint's own on a GPU (float16 for bfloat16 where the GPU has none); on a CPU bfloat16 where it has bfloat16 matrix instructions, else
-    float32. `streamed`: only embeddings, final norm and LM head are loaded, blocks stay in the checkpoint's files.
+    Args:
+        dtype: "auto" is the checkpoint's dtype on a GPU, but float16 instead of bfloat16 if the GPU does not compute in that.
+            On a CPU it is bfloat16 if the CPU has matrix instructions for it, otherwise float32.
+        streamed: load only embeddings, final norm and LM head, and leave the blocks in the checkpoint's files.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`), or weights that are damaged or not the config's.
+        InvalidInput: the model cannot be pruned (see `Decoder`), or its weights are damaged or do not belong to its config.
+        MissingInput: its folder has no weights, or not all of them.
     """
     device = resolve_device(device)
     config = read_config(name, trust_remote_code=trust_remote_code)
     run_dtype = resolve_dtype(dtype, config, device)
     if dtype == "auto" and run_dtype == torch.float16 != getattr(config, "dtype", None) and not _has_bfloat16(device):
-        logger.warning("%s has no bfloat16 of its own: computing in float16", device)
+        logger.warning("%s does not compute in bfloat16 itself: using float16 instead", device)
     if not streamed:
         keep_memory()
         placed = {"device_map": {"": device}} if device.type != "cpu" else {}
         with reading(name, "its weights", "restore the files, or download them again"), _quiet():
-            model, found = auto_class(config).from_pretrained(
+            model, loading_info = auto_class(config).from_pretrained(
                 name, dtype=run_dtype, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
                 output_loading_info=True, **placed,
             )  # fmt: skip
-        _require_whole(name, found)
+        _require_whole(name, loading_info)
         return Decoder(model, device)
 
     return_large_memory()
@@ -60,7 +63,7 @@ def load(
     for key in saved_names(decoder):
         if not key.startswith(path):
             set_module_tensor_to_device(model, key, device, value=decoder.source[key].to(device, run_dtype, copy=True))
-    model.tie_weights(recompute_mapping=False)  # as `on_disk` found them
+    model.tie_weights(recompute_mapping=False)  # `on_disk` has found out which weights are tied
     for key, buffer in model.named_buffers():
         if buffer.device.type != "meta":
             set_module_tensor_to_device(model, key, device, value=buffer)
@@ -75,10 +78,10 @@ def outline(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Decoder:
-    """A model with its parameters on the meta device: names and shapes, from its config alone.
+    """A model with its parameters on the meta device: only names and shapes, which its config is enough for.
 
     Raises:
-        ValueError: a model this project cannot prune (see `Decoder`), or a config as in `read_config`.
+        InvalidInput: the model cannot be pruned (see `Decoder`), or its config is refused by `read_config`.
     """
     config = read_config(name, trust_remote_code=trust_remote_code)
     with (
@@ -96,23 +99,24 @@ def on_disk(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Decoder:
-    """A model all of whose tensors are still in its checkpoint's files, `source`.
+    """A model whose tensors are all still in its checkpoint's files, which are its `source`.
 
     Raises:
-        ValueError: files that are damaged, do not have a tensor of the model, or have it in another shape; or a model that
-            cannot be pruned.
+        InvalidInput: the files are damaged, lack a tensor of the model or have it in another shape, or the model cannot be
+            pruned.
+        MissingInput: there are no weights, or a file of them is missing.
     """
     decoder = outline(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with reading(name, "its weights", "restore the files, or download them again"):
         decoder.source = source = ModelTensors(Checkpoint(name), decoder.model)
     for tied, other in list(getattr(decoder.model, "all_tied_weights_keys", {}).items()):
-        # A config may say "tied" of weights that are not: like transformers, believe the weights.
+        # A config may call weights tied that are not. Like transformers, believe the weights.
         if tied in source and other in source and not torch.equal(source[tied], source[other]):
             del decoder.model.all_tied_weights_keys[tied]
     if missing := [key for key in saved_names(decoder) if key not in source]:
         raise InvalidInput(
-            f"{name} has no tensor that makes {missing[0]} of {type(decoder.model).__name__}: its config and its weights do not "
-            "belong together, or --memory resident reads what streaming cannot"
+            f"{name} has no tensor that makes {missing[0]} of {type(decoder.model).__name__}: its config and its weights do "
+            "not belong together, or only --memory resident can read them"
         )
     state = decoder.model.state_dict()
     _require_shapes(name, [(key, source.shapes[key], state[key].shape) for key in saved_names(decoder)])
@@ -126,10 +130,12 @@ def dense_tensors(name: str, decoder: Decoder) -> ModelTensors:
 
 @torch.no_grad()
 def restore(name: str, decoder: Decoder) -> None:
-    """Make the matrices of a model's blocks the checkpoint's again, after some of them were changed in memory or elsewhere.
+    """Give the matrices of a model's blocks their values in the checkpoint again, after a run has changed them.
+
+    A streamed model reads the checkpoint's files again instead of any other `source` it has been given.
 
     Raises:
-        InvalidInput: a tensor that only a resident model can be made from.
+        InvalidInput: the checkpoint has no tensor that by itself makes one of the model's.
     """
     dense = ModelTensors(Checkpoint(name), decoder.model)
     if decoder.source is not None:
@@ -140,22 +146,22 @@ def restore(name: str, decoder: Decoder) -> None:
         for tensor in {matrix.tensor_name for matrix in decoder.matrices(i).values()}:
             if prefix + tensor not in dense:
                 raise InvalidInput(
-                    f"{name} has no tensor for {prefix}{tensor} by itself: give the flag that is searched a value"
+                    f"{name} has no separate tensor for {prefix}{tensor}: give the flag that is searched a value"
                 )
             state[tensor].copy_(dense[prefix + tensor])
 
 
 def saved_names(decoder: Decoder) -> list[str]:
-    """The tensors a checkpoint must hold: all of the state but those that are tied to another."""
+    """The tensors that a checkpoint must hold: the model's state without tensors that are tied to another one."""
     tied = set(getattr(decoder.model, "all_tied_weights_keys", {}))
     return [key for key in decoder.model.state_dict() if key not in tied]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU.
+    """The torch device for a --device value; "auto" is the first GPU if there is one, otherwise the CPU.
 
     Raises:
-        ValueError: a GPU that is not there, or another kind of device.
+        InvalidInput: the GPU is not there, or the device is of another kind.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,7 +177,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU computes in bfloat16 itself; the T4 and V100, for example, emulate it slowly."""
+    """Whether a device computes in bfloat16 itself; the T4 and V100, for example, emulate it slowly."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -180,8 +186,8 @@ def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type != "cpu":
-        own = getattr(config, "dtype", None) or torch.float16
-        return torch.float16 if own == torch.bfloat16 and not _has_bfloat16(device) else own
+        stored = getattr(config, "dtype", None) or torch.float16
+        return torch.float16 if stored == torch.bfloat16 and not _has_bfloat16(device) else stored
     capabilities = torch.cpu.get_capabilities()
     fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
@@ -189,7 +195,7 @@ def resolve_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' table of what did not fit: that is said in one line."""
+    """Inside the context, transformers does not print its table of mismatched tensors: an error says it in one line."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -198,23 +204,23 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _require_whole(name: str, found: dict) -> None:
-    """Raise ValueError if `found` says that some of the model's weights would be random; warn of weights it does not use."""
-    _require_shapes(name, sorted(found["mismatched_keys"]))
-    if missing := sorted(found["missing_keys"]):
+def _require_whole(name: str, loading_info: dict) -> None:
+    """Raise InvalidInput if some of the model's weights were not loaded but made at random; warn of unused weights."""
+    _require_shapes(name, sorted(loading_info["mismatched_keys"]))
+    if missing := sorted(loading_info["missing_keys"]):
         raise InvalidInput(
             f"{name} has no weights for {missing[0]}, and {len(missing) - 1} more tensors of the model in its config.json: "
             "the two do not belong together, or a file is missing; download the model again"
         )
-    if unused := sorted(found["unexpected_keys"]):
+    if unused := sorted(loading_info["unexpected_keys"]):
         logger.warning("%s: %d tensors are not part of the model in its config.json, such as %s", name, len(unused), unused[0])
 
 
 def _require_shapes(name: str, shapes: list[tuple]) -> None:
-    """Raise ValueError if of (tensor, shape in the file, shape in the model) two differ."""
-    for key, there, here in shapes:
-        if there != here:
+    """Raise InvalidInput if the two shapes of a (tensor, shape in the file, shape in the model) differ."""
+    for key, in_file, in_model in shapes:
+        if in_file != in_model:
             raise InvalidInput(
-                f"{name}: {key} is {tuple(there)} in its weights and {tuple(here)} by its config.json: the two do not belong "
-                "together, download the model again"
+                f"{name}: {key} is {tuple(in_file)} in its weights and {tuple(in_model)} by its config.json: the two do not "
+                "belong together, download the model again"
             )

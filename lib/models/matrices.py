@@ -1,8 +1,8 @@
 """The weights of a block that can be pruned: matrices that inputs are multiplied with, each seen as (out, in).
 
-A matrix is the weight of a linear module, or one of a stack (E, out, in) as mixtures of experts keep theirs; either may be
-stored the other way round. What is not a matrix product (convolutions, state-space parameters, norms) and what routes tokens
-to experts stays dense.
+A matrix is the weight of a linear module, or one matrix of a stack (E, out, in), which is how mixtures of experts store their
+weights. Either may be stored transposed. Weights that are not used in a matrix product (convolutions, state-space parameters,
+norms) stay dense, and so do routers, which send tokens to experts.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -15,29 +15,29 @@ from torch.overrides import TorchFunctionMode
 
 from lib.errors import InvalidInput
 
-# Stacks of these classes are (E, in, out), and nothing about the class says so (others have an `is_transposed`).
+# Classes whose stacks are (E, in, out) although they have no attribute `is_transposed` that says so.
 TRANSPOSED = ("Llama4TextExperts", "RecurrentGemmaRglru")
-NO_PRODUCTS = ("A_log",)  # parameters of three dimensions that nothing is multiplied with as a matrix
-BLOCK_DIAGONAL = ("DeepseekV4GroupedLinear",)  # linears of which every group of outputs has inputs of its own
+NO_PRODUCTS = ("A_log",)  # parameters of three dimensions that are not multiplied as matrices
+BLOCK_DIAGONAL = ("DeepseekV4GroupedLinear",)  # linears in which every group of outputs has separate inputs
 ROUTERS = ("router", "gate", "shared_expert_gate")  # names of modules beside experts that send tokens to them
 
-Seen = Callable[[str, torch.Tensor], None]  # (name of a matrix, its inputs (..., in))
+Seen = Callable[[str, torch.Tensor], None]  # called with (name of a matrix, its inputs (..., in))
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One prunable weight of a block. `name`: inside the block, as "self_attn.q_proj" or "mlp.experts.3.down_proj"."""
+    """One prunable weight of a block."""
 
-    name: str
+    name: str  # inside the block, such as "self_attn.q_proj" or "mlp.experts.3.down_proj"
     module: nn.Module
-    parameter: str
-    index: int | None = None  # in a stack
+    parameter: str  # its name in the module
+    index: int | None = None  # in a stack; None: it is not in a stack
     transposed: bool = False  # stored as (in, out)
     router: bool = False
 
     @property
     def stored(self) -> torch.Tensor:
-        """As the module has it; shares its memory."""
+        """The matrix as the module stores it; shares the module's memory."""
         whole = getattr(self.module, self.parameter)
         return whole if self.index is None else whole.detach()[self.index]
 
@@ -57,12 +57,12 @@ class Matrix:
 
     @property
     def tensor_name(self) -> str:
-        """Of the tensor inside the block's state that holds it."""
+        """Name in the block's state of the tensor that holds the matrix."""
         owner = self.name.rpartition(".")[0] if self.parameter != "weight" or self.index is not None else self.name
         return f"{owner.removesuffix(f'.{self.index}')}.{self.parameter}" if owner else self.parameter
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This matrix, (out, in), in a tensor of the shape of the parameter that holds it; shares its memory."""
+        """This matrix as (out, in), from another tensor of its parameter's shape, whose memory it shares."""
         return self.oriented(whole if self.index is None else whole[self.index])
 
     def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Matrix:
 
 
 def matrices_of(block: nn.Module) -> dict[str, Matrix]:
-    """{name: matrix} of all that can be pruned in a block, routers included, in the block's own order."""
+    """{name: matrix} of all that can be pruned in a block, routers included, in the order of the block's modules."""
     matrices = []
     for path, module in block.named_modules():
         if _is_linear(module) and type(module).__name__ not in BLOCK_DIAGONAL:
@@ -89,20 +89,20 @@ def matrices_of(block: nn.Module) -> dict[str, Matrix]:
                     matrices += [Matrix(f"{prefix}{e}.{name}", module, name, e, transposed) for e in range(len(parameter))]
                 elif parameter.ndim == 2 and name == "weight" and "Router" in type(module).__name__:
                     matrices.append(Matrix(path, module, name, router=True))
-    return {matrix.name: matrix for matrix in matrices if matrix.shape.numel()}  # a part that a config turns off may have none
+    return {matrix.name: matrix for matrix in matrices if matrix.shape.numel()}  # a part that a config turns off may be empty
 
 
 @contextmanager
 def products(
     matrices: dict[str, Matrix], seen: Seen | None = None, leaves: dict[str, torch.Tensor] | None = None
 ) -> Iterator[None]:
-    """While open, every product of a matrix and its inputs is observed.
+    """Inside the context, every product of a matrix and its inputs is observed.
 
     Args:
-        matrices: of one block.
-        seen: is called with the name of the matrix and its inputs (..., in), for one of a stack those that were routed to it.
-        leaves: is filled with {name: tensor of the stored shape} that autograd gives gradients for, of stacks for each
-            matrix that took part; other matrices have their own weights.
+        matrices: those of one block.
+        seen: called with the name of the matrix and its inputs (..., in); a matrix of a stack has those routed to it.
+        leaves: filled with {name: tensor of the stored shape}, for which autograd computes gradients: the weight itself, or
+            for each matrix of a stack that takes part in a product, a separate tensor.
     """
     handles, watched = [], []
     for name, matrix in matrices.items():
@@ -122,9 +122,9 @@ def products(
 
 
 class _Watch(TorchFunctionMode):
-    """Watches for products with matrices, which are known by their memory, however a forward takes them out of modules.
+    """Observes products with matrices, which it knows by their memory, however a forward takes them out of modules.
 
-    A product with one of a stack is made with a tensor of its own instead: autograd then has gradients for the matrices that
+    With `leaves`, a matrix of a stack is multiplied as a separate tensor. Autograd then makes gradients only for matrices that
     tokens were routed to, and none of the size of the stack.
     """
 
@@ -146,14 +146,14 @@ class _Watch(TorchFunctionMode):
             left, right = len(names) - 2, len(names) - 1
             linear = func is torch.nn.functional.linear
             args[right] = self._look(args[right], args[left], not linear)
-            if not linear and args[right].ndim > 1:  # the matrix may also stand on the left, its inputs being columns
+            if not linear and args[right].ndim > 1:  # the matrix may also be on the left, with its inputs as columns
                 args[left] = self._look(args[left], args[right].mT, False)
         return func(*args, **kwargs)
 
     def _look(self, weight: torch.Tensor, inputs: torch.Tensor, inputs_first: bool) -> torch.Tensor:
-        """Report a product if it is one with a matrix or a whole stack; returns what to multiply with.
+        """Report a product if `weight` is a matrix or a whole stack; returns what to multiply with instead of `weight`.
 
-        `inputs_first`: `weight` is used as (..., in, out), otherwise as (..., out, in).
+        If `inputs_first`, `weight` is used as (..., in, out), otherwise as (..., out, in).
         """
         matrix = self.matrices.get(weight.data_ptr()) if weight.ndim > 1 else None
         if matrix is None:
@@ -161,18 +161,18 @@ class _Watch(TorchFunctionMode):
         stored = matrix.stored
         flipped = weight.stride()[-2:] != stored.stride()
         if weight.shape[-2:] != (stored.mT if flipped else stored).shape:
-            return weight  # a part of it
+            return weight  # only a part of the matrix
         stack: list[Matrix] = []
         if any(weight.stride()[:-2]) and weight.numel() > stored.numel():
             stack = self.stacks.get(weight.data_ptr(), [])
             if weight.numel() != getattr(matrix.module, matrix.parameter).numel():
-                return weight  # a part of the stack
+                return weight  # only a part of the stack
         if matrix.transposed != (inputs_first != flipped):
             where = f"{type(matrix.module).__name__}.{matrix.parameter}"
-            raise InvalidInput(f"{where} is stored the other way round than thought: weights.TRANSPOSED has to say so")
+            raise InvalidInput(f"{where} is not stored the way round that matrices.TRANSPOSED says: correct that list")
         rows = _rows(inputs) if stack else None
-        some = None if rows is None else rows.flatten(1).any(dim=1).tolist()
-        reached = [one for one in stack or [matrix] if some is None or some[one.index]]
+        has_rows = None if rows is None else rows.flatten(1).any(dim=1).tolist()
+        reached = [one for one in stack or [matrix] if has_rows is None or has_rows[one.index]]
         for one in reached if self.seen is not None else ():
             self.seen(one.name, inputs if rows is None else inputs[one.index][rows[one.index]])
         if self.leaves is None or matrix.index is None:
@@ -181,11 +181,11 @@ class _Watch(TorchFunctionMode):
             parts = list(getattr(matrix.module, matrix.parameter).detach().unbind())
             for one in reached:
                 parts[one.index] = self._leaf(one)
-            own = torch.stack(parts)
+            factor = torch.stack(parts)
         else:
-            own = self._leaf(matrix)
-        own = own.mT if flipped else own
-        return own.reshape(weight.shape) if stack else own.expand_as(weight)
+            factor = self._leaf(matrix)
+        factor = factor.mT if flipped else factor
+        return factor.reshape(weight.shape) if stack else factor.expand_as(weight)
 
     def _leaf(self, matrix: Matrix) -> torch.Tensor:
         if matrix.name not in self.leaves:
@@ -194,14 +194,14 @@ class _Watch(TorchFunctionMode):
 
 
 def _rows(inputs: torch.Tensor) -> torch.Tensor | None:
-    """Which inputs (E, T, in) of a whole stack are its matrices' own, (E, T); None if all matrices share theirs.
+    """(E, T): which inputs (E, T, in) of a whole stack were routed to each matrix; None if all matrices share their inputs.
 
-    Those of tokens that were sent to other experts are zeros, as in Llama 4: an expert that has no others was not reached.
+    Inputs of tokens that were sent to other experts are zeros, as in Llama 4. An expert with only zeros was not reached.
     """
     return None if inputs.ndim < 3 or len(inputs) == 1 else inputs.detach().any(dim=-1)
 
 
-_PRODUCTS = {
+_PRODUCTS = {  # function -> names of its arguments, of which the last two are multiplied
     torch.nn.functional.linear: ("input", "weight"),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ("input", "other")),
     **dict.fromkeys((torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm), ("input", "mat2")),
@@ -211,12 +211,12 @@ _PRODUCTS = {
 
 
 def kind_of(name: str) -> str:
-    """A name without the numbers in it, by which experts of a mixture differ."""
+    """A name with "*" for its numbers, which is the same for all experts of a mixture."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def idle(names: Collection[str], reached: Collection[str]) -> tuple[list[str], list[str]]:
-    """Of the matrices of a block, those that no token reached: experts beside others that were reached, and all the rest."""
+    """The matrices of a block that no token reached: (experts of a mixture in which others were reached, all the rest)."""
     kinds = {kind_of(name) for name in reached}
     unreached = [name for name in names if name not in reached]
     experts = [name for name in unreached if kind_of(name) in kinds]
@@ -224,7 +224,7 @@ def idle(names: Collection[str], reached: Collection[str]) -> tuple[list[str], l
 
 
 def _multiplies_itself(module: nn.Module) -> bool:
-    """Whether a linear has a forward of its own: with what it makes of its weight, its product cannot be told by memory."""
+    """Whether a linear has a special forward, which may multiply with a tensor that is not the memory of its weight."""
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
@@ -233,12 +233,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' linear that stores (in, out), as in GPT-2; looked up by name, for transformers is large."""
+    """Whether it is transformers' linear that stores (in, out), as in GPT-2. Told by name: transformers is a slow import."""
     return any(kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__)
 
 
 def _is_router(block: nn.Module, path: str) -> bool:
-    """Whether a linear is, or is a part of, a router that stands beside experts."""
+    """Whether a linear is, or belongs to, a router that has experts beside it."""
     parts = path.split(".")
     for k, part in enumerate(parts):
         if part in ROUTERS:

@@ -1,7 +1,7 @@
-"""Training that keeps the zeros of a pruned model: full, or by LoRA adapters that are masked as the weights are.
+"""Training that keeps the zeros of a pruned model: of all weights, or of LoRA adapters that are masked as the weights are.
 
-Adapters alone lose the sparsity: merging adds a dense product to the weights, and zeroing it afterwards leaves a model that
-nobody has trained. Here the product is masked in every forward pass, so what is trained is what is merged.
+Plain adapters lose the sparsity, because merging adds a dense product to the weights. Zeroing the merged weights would leave
+a model that was never trained. Here the product is masked in every forward pass, so what is trained is what is merged.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from lib.models.matrices import Matrix
 
 
 class KeepZeros(TrainerCallback):
-    """A callback of transformers' `Trainer` that zeroes, after every optimizer step, the weights that were zero before training.
+    """A callback of transformers' `Trainer`: after every optimizer step, weights that were zero before training become zero.
 
     Args:
-        decoder: a pruned model in memory. Every zero of its blocks' matrices counts, whoever made it.
+        decoder: a pruned model in memory. Every zero in its blocks' matrices counts, whatever made it.
     """
 
     def __init__(self, decoder: Decoder):
@@ -31,7 +31,9 @@ class KeepZeros(TrainerCallback):
 
     def on_train_begin(self, training, state, control, **kwargs):
         if training.fsdp or training.deepspeed:
-            raise InvalidInput("FSDP and DeepSpeed shard weights, and zeros are kept in whole ones: train without them")
+            raise InvalidInput(
+                "FSDP and DeepSpeed shard weights, and zeros can only be kept in whole weights: train without them"
+            )
 
     @torch.no_grad()
     def on_optimizer_step(self, *args, **kwargs):
@@ -40,7 +42,10 @@ class KeepZeros(TrainerCallback):
 
     @torch.no_grad()
     def keep_others(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Survivors that would be zero in the dtype of `saved`, {tensor name: tensor}, become the smallest that it can hold."""
+        """Give surviving weights that would round to zero in the files the smallest number that the files' dtype can hold.
+
+        `saved` is {tensor name: tensor in its file}.
+        """
         for name, (matrix, mask) in self.masks.items():
             dtype = saved[name.removesuffix(matrix.name) + matrix.tensor_name].dtype
             info, weight = torch.finfo(dtype), matrix.weight
@@ -51,10 +56,10 @@ class KeepZeros(TrainerCallback):
 def add_adapters(decoder: Decoder, keep: KeepZeros, rank: int) -> nn.Module:
     """The model with LoRA adapters (arXiv 2106.09685) on its blocks' linears, each masked as its weight is.
 
-    Stacks of experts have none. `merge_and_unload()` of the result adds the adapters to the weights.
+    Stacks of experts get no adapters. `merge_and_unload()` of the result adds the adapters to the weights.
 
     Raises:
-        ValueError: peft is not installed.
+        InvalidInput: peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -74,7 +79,7 @@ def add_adapters(decoder: Decoder, keep: KeepZeros, rank: int) -> nn.Module:
 
 
 def _mask(layer: nn.Module, mask: torch.Tensor) -> None:
-    """Mask an adapter in what it adds to its linear's weight, in training as in merging; `mask` is as the weight is stored."""
+    """Mask what an adapter adds to its linear's weight, both in training and in merging. `mask` has the stored shape."""
     linear, (adapter,) = layer.get_base_layer(), layer.active_adapters
     dense = layer.get_delta_weight
 

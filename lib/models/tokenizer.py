@@ -1,4 +1,4 @@
-"""A model's own tokenizer."""
+"""Loads the tokenizer of a model."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,19 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from lib.errors import InvalidInput
 from lib.models.config import read_config, reading
 
-LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # of LLaMA-1 and 2
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # LLaMA-1 and 2
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """The model's own tokenizer.
+    """The tokenizer in a model's folder.
 
-    A LLaMA checkpoint with nothing but SentencePiece's `tokenizer.model` is read as the published code read it: with BOS
-    unless its config says otherwise, whatever that calls the class (conversions of LLaMA-1 say "LLaMATokenizer", and some
-    have empty special tokens). transformers 5 alone would leave BOS out and split the first word differently.
+    If a LLaMA checkpoint has only SentencePiece's `tokenizer.model`, it is read as in the published code: with BOS unless its
+    config says otherwise, and whatever class its config names (conversions of LLaMA-1 say "LLaMATokenizer", and some have
+    empty special tokens). transformers 5 by itself would leave BOS out and split the first word differently.
 
     Raises:
-        ValueError: its files are missing or damaged.
+        InvalidInput: its files are missing or damaged.
     """
-
     config = read_config(name, trust_remote_code=trust_remote_code)
     with reading(name, "its tokenizer", "put the model's own files (tokenizer.json or tokenizer.model) beside its config.json"):
         if (
@@ -32,8 +31,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         else:
             path = Path(name, "tokenizer_config.json")
-            said = json.loads(path.read_text()) if path.is_file() else {}
-            missing = {key: value for key, value in LLAMA_TOKENS.items() if said.get(key) in (None, "")}
+            settings = json.loads(path.read_text()) if path.is_file() else {}
+            missing = {key: value for key, value in LLAMA_TOKENS.items() if settings.get(key) in (None, "")}
             tokenizer = LlamaTokenizer.from_pretrained(name, **missing)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise InvalidInput(f"a {type(tokenizer).__name__} without a vocabulary")

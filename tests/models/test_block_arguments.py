@@ -23,7 +23,7 @@ def test_what_is_equal_is_shared_and_nothing_else():
     new = [{"mask": mask.clone(), "table": tuple(part.clone() for part in table), "own": torch.zeros(2), "n": 1}]
     found = block_arguments.shared(new, old)
     assert found[0]["mask"] is mask and all(a is b for a, b in zip(found[0]["table"], table, strict=True))
-    assert found[0]["own"] is new[0]["own"] and block_arguments.own(found, old) == [new[0]["own"]]
+    assert found[0]["own"] is new[0]["own"] and block_arguments.unshared(found, old) == [new[0]["own"]]
     assert block_arguments.shared([dict(old[0])], old) is old
     for other in ([], [{"mask": mask}], [old[0], old[0]]):
         assert block_arguments.shared(new, other) is new
@@ -74,7 +74,7 @@ def in_memory(states: list[State]) -> int:
 def test_beyond_the_plan_it_is_in_files_with_the_same_result(kind):
     windows, found = random_windows(4), []
     for kept in (None, 2):
-        decoder = Decoder(model_of(kind).to(DEVICE), DEVICE)
+        decoder = Decoder(model_of(kind), DEVICE)
         states = decoder.enter_all(windows, in_memory=kept)
         sample = windows.shape[1] * (decoder.hidden_bytes + decoder.own_bytes)
         shared = in_memory([states[-1]]) - sample * (kept is None)
@@ -88,7 +88,7 @@ def test_beyond_the_plan_it_is_in_files_with_the_same_result(kind):
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_both_commands_give_the_same_with_little_memory_for_states(memory, tokenizer, documents, tmp_path, monkeypatch):
     model, text = tmp_path / "gemma3n", tmp_path / "text.jsonl"
-    model_of("gemma3n").save_pretrained(model)
+    model_of("gemma3n").cpu().save_pretrained(model)
     tokenizer.save_pretrained(model)
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     entered, enter_all = [], Decoder.enter_all

@@ -1,3 +1,6 @@
-"""A model's folder: fetched (fetch.py, hub.py), its tensors read (checkpoint.py) under the model's names (conversion.py), and a
-pruned copy of it written (pruned_checkpoint.py, safetensors_file.py), or what a run needs of one (writer.py).
+"""A model's folder in, its tensors and a pruned copy of it out.
+
+fetch.py and hub.py bring the folder to this machine. checkpoint.py reads its tensors, and conversion.py gives them the names
+that they have in the model. pruned_checkpoint.py writes a pruned copy of the folder, in which safetensors_file.py overwrites
+single tensors. writer.py decides where the pruned blocks of a run go: to such a copy, or to temporary files.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk: which files it has, and its tensors under the files' own names, mapped, never loaded whole."""
+"""A checkpoint as it is on disk: which files it has, and its tensors under their names in the files, mapped one by one."""
 
 import json
 import os
@@ -11,22 +11,23 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from lib.errors import InvalidInput, MissingInput
 
-# Files that hold weights, in any format of any tool. Everything else of a checkpoint's folder belongs to a pruned one too.
+# Files that hold weights, in the format of any tool. All other files in a checkpoint's folder are copied to a pruned one.
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ckpt")
 WEIGHT_INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json")
-PRUNED_BY = "GBLM-Pruner"  # in the headers of files this project writes (`store`), which loaders do not look at
+PRUNED_BY = "GBLM-Pruner"  # in the headers of files that this project writes; loaders do not read it
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """{name in the files: tensor} of a checkpoint's folder: safetensors, or PyTorch's .bin where there are none.
+    """{name in the files: tensor} of a checkpoint's folder: from safetensors files, or from PyTorch's .bin if there are none.
 
     Raises:
-        FileNotFoundError: a shard is missing, or there are no weights in either format. ValueError: a file is damaged.
+        MissingInput: a shard is missing, or there are no weights in either format.
+        InvalidInput: a file is damaged.
     """
 
     def __init__(self, folder: str):
         self.folder = folder
-        self.index: Path | None = None  # the sharded files' own, where there is one
+        self.index: Path | None = None  # the file that says in which shard a tensor is, if there are shards
         self.shards = self._shards()
         self.where: dict[str, str] = {}  # name of a tensor -> file
         self._pickled: dict[str, dict[str, torch.Tensor]] = {}
@@ -52,7 +53,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return len(self.where)
 
     def outline(self, key: str) -> torch.Tensor:
-        """A tensor's shape on the meta device; nothing is read."""
+        """A tensor of the same shape on the meta device. The tensor itself is not read."""
         shard = self.where[key]
         if shard in self._pickled:
             return self._pickled[shard][key].to("meta")
@@ -61,7 +62,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     @property
     def updated(self) -> bool:
-        """Whether this project wrote it and changed surviving weights as well."""
+        """Whether this project wrote the checkpoint and changed surviving weights, too."""
         for path in self.shards.values():
             if path.suffix == ".safetensors":
                 with open_safetensors(path) as file:
@@ -70,10 +71,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return False
 
     def _shards(self) -> dict[str, Path]:
-        """{file: path}, of the format that transformers would load."""
+        """{file name: path} of the weights, in the format that transformers would load."""
         folder = Path(self.folder)
         for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-            if (folder / single).is_file():  # where there are both, transformers ignores the index
+            if (folder / single).is_file():  # if there is an index as well, transformers ignores it
                 return {single: folder / single}
             if (folder / index).is_file():
                 self.index = folder / index
@@ -85,19 +86,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
 
 def other_files(folder: str) -> dict[str, Path]:
-    """{path inside the folder: file} of all that a checkpoint has besides weights: config, tokenizer, code, licence."""
+    """{path inside the folder: path} of all files but weights: config, tokenizer, code, licence."""
     root = Path(folder)
     files = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file() and not is_weights(path)}
     return {str(file): path for file, path in files.items() if not {".git", ".cache"} & set(file.parts)}
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a file holds weights, or says which file does."""
+    """Whether a file holds weights, or is an index of files that do."""
     return any(path.match(pattern) for pattern in (*WEIGHT_FILES, *WEIGHT_INDEXES))
 
 
 def open_safetensors(path: str | os.PathLike) -> safe_open:
-    """A safetensors file, mapped; ValueError if it is not a whole one."""
+    """A safetensors file, mapped. InvalidInput if it is damaged or incomplete."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -107,7 +108,7 @@ def open_safetensors(path: str | os.PathLike) -> safe_open:
 def _mapped_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types here
+    except Exception as error:  # torch raises errors of half a dozen types here
         raise InvalidInput(
             f"{path} cannot be mapped ({type(error).__name__}): save the model once with transformers (model.save_pretrained)"
         ) from error

@@ -1,7 +1,7 @@
-"""Between the names of a checkpoint's files and those of the model: one tensor renamed, or several made into others.
+"""Converts tensors of a checkpoint's files to those of the model: one is renamed, or several are made into others.
 
-transformers renames tensors when it loads (prefixes of base models and wrappers) and fuses or splits some (experts of a
-mixture). The rules are its own; here they are applied to one group of tensors at a time, and backwards.
+transformers renames tensors when it loads them (prefixes of base models and wrappers), and fuses or splits some (experts of a
+mixture). Its rules are used here, but for one group of tensors at a time, and in both directions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,18 +28,18 @@ class Group:
     """Tensors of the files that together make tensors of the model."""
 
     first: str  # the name in the model that a conversion starts from
-    converter: WeightConverter | None = None  # None: one tensor, as it is
+    converter: WeightConverter | None = None  # None: the group is one tensor, which is only renamed
     files: dict[str, list[str]] = field(default_factory=dict)  # pattern of the converter -> names in the files, in order
     renamed: dict[str, str] = field(default_factory=dict)  # name that the conversion starts from -> name in the files
 
     @property
     def names(self) -> list[str]:
-        """In the files."""
+        """Names of the group's tensors in the files."""
         return [name for names in self.files.values() for name in names]
 
 
 class ModelTensors(Mapping[str, torch.Tensor]):
-    """{name in the model: tensor}, made from a checkpoint's on access; tensors that the model does not know are left out."""
+    """{name in the model: tensor}, made on access from a checkpoint's tensors. Those that the model lacks are left out."""
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module):
         self.checkpoint = checkpoint
@@ -62,11 +62,11 @@ class ModelTensors(Mapping[str, torch.Tensor]):
         return len(self.group_of)
 
     def in_files(self, names) -> set[str]:
-        """The files' names of what the tensors `names` of the model are made from."""
+        """Names in the files of all that the tensors `names` of the model are made from."""
         return {key for name in names for key in self.group_of[name].names}
 
     def carried_back(self, first: str, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values of a group's tensors in the model -> {name in the files: values}, by the inverse of their conversion."""
+        """{name in the files: values} from `values`, those of a group's tensors in the model; the inverse conversion."""
         group = self.group_of[first]
         if not group.converter:
             return {group.names[0]: values[first]}

@@ -1,4 +1,4 @@
-"""Where a model is on this machine: its own folder, or one in the hub's cache that its files are fetched to."""
+"""Where a model is on this machine: in a folder of the user's, or in the hub's cache, which its files are fetched to."""
 
 import json
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ LOGIN = "log in with `hf auth login`"
 
 
 def check_name(name: str, revision: str | None = None) -> None:
-    """Raise FileNotFoundError or ValueError, before anything is asked of the hub, if `name` cannot be a model.
+    """Raise MissingInput or InvalidInput, before anything is asked of the hub, if `name` cannot be a model.
 
-    It is a folder, which has no revision, or else a name on the hub: OWNER/NAME.
+    A model is a folder, which has no revision, or a name on the hub: OWNER/NAME.
     """
     folder = Path(name)
     if name and folder.is_dir():
         if revision is not None:
-            raise InvalidInput(f"--revision {revision} is of a model on the hub, and {name} is a folder: leave it out")
+            raise InvalidInput(f"--revision {revision} is of a model on the hub, and {name} is a folder: leave the flag out")
     elif folder.is_file():
         raise InvalidInput(f"{name} is a file: give the folder that it is in, with {CONFIG_NAME} and safetensors beside it")
     elif not name or name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -39,11 +39,11 @@ def check_name(name: str, revision: str | None = None) -> None:
 
 
 def folder(name: str, *, revision: str | None = None, cache_dir: str | None = None, weights: bool = False) -> str:
-    """The folder of a model: `name` itself, or its snapshot in the hub's cache, with its weights only if they are asked for.
+    """The folder of a model: `name` itself, or its snapshot in the hub's cache, which has its weights only if `weights`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model, it is not public, or it is not cached and the hub is out of
-            reach; the message says which, and what to do.
+        MissingInput: there is no such model, it is private, or it is not cached and the hub does not answer.
+        InvalidInput: the name cannot be one on the hub, access must be asked for, or there is no such revision.
     """
     check_name(name, revision)
     if Path(name).is_dir():
@@ -52,17 +52,17 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
         return name
     hub.reachable()
     try:
-        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, ignore_patterns=list(WEIGHT_FILES))
-        for wanted in _weight_files(Path(found)) if weights else ():
+        snapshot = snapshot_download(name, revision=revision, cache_dir=cache_dir, ignore_patterns=list(WEIGHT_FILES))
+        for wanted in _weight_files(Path(snapshot)) if weights else ():
             snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
-            if Path(found, wanted[0]).is_file():
+            if Path(snapshot, wanted[0]).is_file():
                 break
     except HFValidationError as error:
         raise InvalidInput(f"{name!r} is neither a folder nor a name on the hub, OWNER/NAME: check it") from error
     except GatedRepoError as error:
-        raise InvalidInput(f"{name} is given to those who asked for it: ask at {hub.page(name)}, then {LOGIN}") from error
+        raise InvalidInput(f"{name} is only for those who have access: ask for it at {hub.page(name)}, then {LOGIN}") from error
     except RepositoryNotFoundError as error:
-        raise MissingInput(f"the hub has no model {name}, or not for everyone: check the name, or {LOGIN}") from error
+        raise MissingInput(f"the hub has no model {name}, or it is private: check the name, or {LOGIN}") from error
     except RevisionNotFoundError as error:
         raise InvalidInput(f"{name} has no revision {revision}: see {hub.page(name)}/commits") from error
     except LocalEntryNotFoundError as error:
@@ -70,14 +70,14 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
         raise MissingInput(
             f"{which} is neither a folder here nor in the hub's cache, and {hub.why_not()}: give --model a folder, or connect"
         ) from error
-    if not Path(found, CONFIG_NAME).is_file():
-        raise MissingInput(f"{name} has no {CONFIG_NAME} (in {found}): it is not a model, or was fetched only in part")
-    return found
+    if not Path(snapshot, CONFIG_NAME).is_file():
+        raise MissingInput(f"{name} has no {CONFIG_NAME} (in {snapshot}): it is not a model, or was fetched only in part")
+    return snapshot
 
 
-def _weight_files(found: Path) -> Iterator[list[str]]:
-    """The files that transformers would load, in the order in which it looks for them: only the first that exist are fetched."""
+def _weight_files(snapshot: Path) -> Iterator[list[str]]:
+    """Yield the sets of files that transformers looks for, in its order. Only the first set that exists is needed."""
     for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         yield [single]
-        if (found / index).is_file():
-            yield sorted(set(json.loads((found / index).read_text())["weight_map"].values()))
+        if (snapshot / index).is_file():
+            yield sorted(set(json.loads((snapshot / index).read_text())["weight_map"].values()))

@@ -1,7 +1,7 @@
-"""One safetensors file whose tensors can be written in their places; the library itself writes whole files only.
+"""A safetensors file in which single tensors can be overwritten; the safetensors library only writes whole files.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, place in the data, and
-free `__metadata__`), and the data. Format: https://github.com/huggingface/safetensors#format
+A file consists of the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, place in the
+data, and `__metadata__` with any text), and the data. Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -15,16 +15,16 @@ PIECE = 2**24  # bytes copied at a time
 
 
 class SafetensorsFile:
-    """A file with tensors in their places, to be written over one by one."""
+    """A file whose tensors are overwritten one by one."""
 
     def __init__(self, path: Path, header: dict, data: int):
         self.path = path
         self.header = header
-        self.data = data  # where it starts
+        self.data = data  # the byte of the file at which the data starts
 
     @classmethod
     def copy(cls, source: Path, target: Path, metadata: dict[str, str]) -> "SafetensorsFile":
-        """Copy a file with `metadata` added to its own; all else, and every byte of the data, is as it was."""
+        """Copy a file and add `metadata` to its header. Everything else, every byte of the data included, stays the same."""
         with open(source, "rb") as read, open(target, "wb") as write:
             header = json.loads(read.read(int.from_bytes(read.read(8), "little")))
             header = {METADATA: header.get(METADATA, {}) | metadata} | {key: v for key, v in header.items() if key != METADATA}
@@ -35,7 +35,7 @@ class SafetensorsFile:
         return cls(target, header, 8 + len(text))
 
     def write(self, key: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, of the shape and dtype that the file has for it, over the one there."""
+        """Overwrite a tensor with one of the same shape and dtype."""
         entry = self.header[key]
         begin, end = entry["data_offsets"]
         values = tensor.contiguous().flatten().view(torch.uint8)

@@ -116,4 +116,4 @@ def test_a_revision_is_another_folder(server, tmp_path):
 
 def test_a_name_that_the_hub_does_not_know(server, tmp_path):
     [said] = fetch(server, tmp_path / "cache", name="me/nothing")
-    assert said == "the hub has no model me/nothing, or not for everyone: check the name, or log in with `hf auth login`"
+    assert said == "the hub has no model me/nothing, or it is private: check the name, or log in with `hf auth login`"
