@@ -144,9 +144,9 @@ def _follow(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, chain
 
 
 def _forward(model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, note: Callable, to_the_end: bool = False):
-    """Run a model whose blocks do nothing but call `note(number, hidden, other arguments by name)` and return its result.
+    """Run a model whose blocks do nothing but return `note(number, hidden, other arguments by name)`.
 
-    Stops at the last block and returns None, or, if it goes on `to_the_end`, returns what the model returns.
+    Stops at the last block and returns None. If it goes on `to_the_end`, it returns what the model returns.
     """
 
     def noting(i: int, block: nn.Module):
