@@ -88,15 +88,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def declare(groups: flags.Groups) -> None:
     """The flags that only this script has."""
-    groups.data.add_argument(
-        "--eval_dataset",
-        default="wikitext2",
-        metavar="TEXT",
-        help="text to measure perplexity on: wikitext2, c4 or a file (default: %(default)s)",
-    )
-    groups.data.add_argument(
-        "--windows", type=flags.at_least(1), metavar="N", help="measure on the first N windows only (default: all)"
-    )
+    add = groups.data.add_argument
+    text = "text to measure perplexity on: wikitext2, c4 or a file (default: %(default)s)"
+    add("--eval_dataset", default="wikitext2", metavar="TEXT", help=text)
+    add("--windows", type=flags.at_least(1), metavar="N", help="measure on the first N windows only (default: all)")
     methods = ["dense", *METHODS]
     add_list = partial(groups.method.add_argument, nargs="+")
     add_list(
