@@ -52,8 +52,8 @@ def test_the_head_shares_equal_arguments_between_samples():
 
 def test_blocks_get_their_forward_back_after_an_error():
     decoder = tiny_decoder()
-    with pytest.raises(IndexError):
-        decoder.enter(torch.tensor([[10**6]]))
+    with pytest.raises(RuntimeError):
+        decoder.enter(torch.ones(1, 3))  # no token ids; ids beyond the vocabulary would end a GPU's context for good
     assert not any("forward" in vars(block) for block in decoder.blocks)
 
 
