@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.cli import flags
+from lib.errors import Refusal
 from lib.models import loading
 from lib.models.decoder import Decoder
 from lib.models.files import fetch
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> bool:
         decoder = open_on_disk(args.checkpoint, args)
         dense = open_on_disk(args.against, args) if args.against else None
         targets = select(decoder, pattern, include=args.include, exclude=args.exclude) if pattern else {}
-    except (ValueError, OSError) as error:
+    except Refusal as error:
         parser.error(str(error))
 
     failed = False

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.cli import command, flags
-from lib.errors import InvalidInput
+from lib.errors import InvalidInput, Refusal
 from lib.models import loading
 from lib.models.decoder import Decoder
 from lib.models.files import fetch
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         for name in args.checkpoints:
             fetch.check_name(name)
-    except (ValueError, FileNotFoundError) as error:
+    except Refusal as error:
         parser.error(str(error))
     return args
 

@@ -27,6 +27,7 @@ from torch.sparse import to_sparse_semi_structured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.cli import command, flags
+from lib.errors import Refusal
 from lib.models import loading
 from lib.models.decoder import Decoder
 from lib.models.files import fetch
@@ -66,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         loading.resolve_device(args.device)
         for name in filter(None, (args.checkpoint, args.against)):
             fetch.check_name(name)
-    except (ValueError, FileNotFoundError) as error:
+    except Refusal as error:
         parser.error(str(error))
     return args
 

@@ -131,7 +131,7 @@ def add_memory_flags(groups: Groups) -> None:
 
 
 def add_selection_flags(parser: argparse._ActionsContainer) -> None:
-    """The patterns of `selection.select`."""
+    """The patterns of `targets.select`."""
     example = '"*.o_proj" matches model.layers.0.self_attn.o_proj'
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="PATTERN", help=f"prune only linears whose names match: {example}"

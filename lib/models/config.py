@@ -62,7 +62,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     causal = any(type(config) in mapping for mapping in mappings) or "AutoModelForCausalLM" in code
     if getattr(config, "is_encoder_decoder", False) or encoder or not causal:
-        raise InvalidInput(f"{name} is a {kind}, not a decoder that predicts the next token: only those can be pruned")
+        raise InvalidInput(f"{name} is of type {kind!r}, not a decoder that predicts the next token: only those can be pruned")
     return config
 
 

@@ -165,7 +165,7 @@ def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **mor
         "method": " ".join([method, *forms, *filter(None, [settings.pop("recipe", None)])]),
         "pattern": pattern or None,
         "ratio": None if ratio is None else round(ratio, 4),
-        "alpha": settings.get("alpha") if method == "gblm" and "inverse" not in forms else None,
+        "alpha": (flags | more).get("alpha") if method == "gblm" and "inverse" not in forms else None,  # 0 is not off
         "norm": norm[1] if norm and method in ("gradient", "gblm") else None,
     }
     # As integers, so that 100.0 and 100 are the same alpha.

@@ -73,7 +73,7 @@ def results_of(outcome: Outcome, status: str, windows: dict[str, int], facts: di
 def versions() -> dict[str, str]:
     """{package: version} of the packages that numbers may depend on, and of CUDA where there is a GPU."""
     packages = {name: version(name) for name in PACKAGES}
-    return packages | ({"cuda": torch.version.cuda} if torch.cuda.is_available() else {})
+    return packages | ({"cuda": torch.version.cuda} if torch.cuda.is_available() and torch.version.cuda else {})
 
 
 def name_of(device: torch.device) -> str:
