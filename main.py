@@ -19,7 +19,7 @@ import torch
 
 from lib import parallel
 from lib.cli import command, flags, prune_checks, prune_flags
-from lib.cli.run import Run, announce, open_run
+from lib.cli.run import Run, announce, open_run, outputs_claimed
 from lib.evaluation import zero_shot
 from lib.evaluation.dense_cache import DenseCache
 from lib.evaluation.perplexity import perplexity, require_sensible
@@ -47,26 +47,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Open what the flags name, measure the dense model, prune it, measure it again, report."""
     device = command.start(args.device, args.nsamples)
-    phases = Phases(device)
-    run = open_run(args, device, phases)
-    announce(args, run)
-    with memory.watched(run.plan, device):
-        outcome = measure_dense(args, run, phases)
-        outcome = search_flags(args, run, phases, outcome)
-        with phases("prune"):
-            outcome = prune_model(args, run, outcome)
-        report(args, run, phases, outcome, "pruned; the perplexity is being measured")
-        try:
-            outcome = measure_pruned(args, run, phases, outcome)
-            if run.tasks:
-                report(args, run, phases, outcome, "pruned; the zero-shot tasks are being scored")
-                outcome = score_tasks(args, run, phases, outcome, "pruned")
-        except BaseException as error:
-            what = "the zero-shot accuracy" if outcome.pruned else "the perplexity"
-            with command.beside(error):
-                report(args, run, phases, outcome, f"pruned; {what} could not be measured: {error!r}")
-            raise
-    finish(args, run, report(args, run, phases, outcome, COMPLETE))
+    with outputs_claimed(args):
+        phases = Phases(device)
+        run = open_run(args, device, phases)
+        announce(args, run)
+        with memory.watched(run.plan, device):
+            outcome = measure_dense(args, run, phases)
+            outcome = search_flags(args, run, phases, outcome)
+            with phases("prune"):
+                outcome = prune_model(args, run, outcome)
+            report(args, run, phases, outcome, "pruned; the perplexity is being measured")
+            try:
+                outcome = measure_pruned(args, run, phases, outcome)
+                if run.tasks:
+                    report(args, run, phases, outcome, "pruned; the zero-shot tasks are being scored")
+                    outcome = score_tasks(args, run, phases, outcome, "pruned")
+            except BaseException as error:
+                what = "the zero-shot accuracy" if outcome.pruned else "the perplexity"
+                with command.beside(error):
+                    report(args, run, phases, outcome, f"pruned; {what} could not be measured: {error!r}")
+                raise
+        finish(args, run, report(args, run, phases, outcome, COMPLETE))
 
 
 def measure_dense(args: argparse.Namespace, run: Run, phases: Phases) -> Outcome:

@@ -2,7 +2,9 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 from lib import parallel
+from lib.atomic import claimed
 from lib.cli.open import Outline, check_vocabulary, compare_samples, load, open_model, read_calibration, read_evaluation
 from lib.cli.prune_checks import has_search, recipe_of, sparsity_of
 from lib.cli.prune_flags import AUTO
@@ -101,6 +104,18 @@ class Run:
                 f"{decoder.prefixes[i]}{name}" for i, names in wanted.items() for name in names if not zeros[i][name][0]
             ],
         }
+
+
+@contextmanager
+def outputs_claimed(args: argparse.Namespace) -> Iterator[None]:
+    """Inside the context, no other run writes to the folders of --save_model and --save, which may be the same."""
+    flags = {"--save": args.save, "--save_model": args.save_model}
+    folders = {os.path.normcase(os.path.realpath(folder)): (folder, flag) for flag, folder in flags.items() if folder}
+    with ExitStack() as claims:
+        if parallel.rank() == 0:
+            for folder, flag in folders.values():
+                claims.enter_context(claimed(folder, flag))
+        yield
 
 
 def open_run(args: argparse.Namespace, device: torch.device, phases: Phases) -> Run:

@@ -17,10 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from lib.atomic import replace_file
+from lib.atomic import Claim, replace_file
 from lib.errors import InvalidInput
 from lib.gradients.sums import BlockSums
 
@@ -44,6 +43,7 @@ class GradientWork(MutableMapping):
     Raises:
         InvalidInput: the folder has the sums of other settings (the message names the difference) or a damaged state, or
             another run is using it.
+        NoRoom: nothing can be written there.
     """
 
     def __init__(self, folder: Path, settings: dict, device: torch.device, resume: bool = False):
@@ -53,16 +53,11 @@ class GradientWork(MutableMapping):
         self.done = 0
         self.missing: dict[str, int] = {}
         self.saved, self.took = time.monotonic(), 0.0  # when sums were last saved, and the seconds that it took
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(folder.with_name(folder.name + ".lock"))  # the system releases it when the process dies
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout:
-            raise InvalidInput(f"another run has its sums in {folder}: let it finish, or use another --output_dir") from None
+        self.lock = Claim(folder, "--output_dir", "sums")
         try:
             self._start(resume)
         except BaseException:
-            self._unlock()
+            self.lock.release()
             raise
 
     def _start(self, resume: bool) -> None:
@@ -94,7 +89,7 @@ class GradientWork(MutableMapping):
             shutil.rmtree(self._next(), ignore_errors=True)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._unlock()
+        self.lock.release()
         with suppress(OSError):  # if it is not empty, it stays
             self.folder.parent.rmdir()
 
@@ -155,11 +150,6 @@ class GradientWork(MutableMapping):
         """Delete all sums, which nobody needs once the result is in place."""
         self.done = 0
         shutil.rmtree(self.folder)
-
-    def _unlock(self) -> None:
-        with suppress(OSError):  # Windows does not remove an open file; there filelock removes it
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-        self.lock.release()
 
     def _sums(self, done: int) -> Path:
         return self.folder / f"samples_{done:05d}"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from lib.atomic import CLAIM
 from lib.errors import InvalidInput, NoRoom
 from lib.models.decoder import Decoder
 from lib.models.files.checkpoint import PRUNED_BY, Checkpoint, is_weights, open_safetensors, other_files
@@ -44,7 +45,11 @@ class Store:
         self.updated = updated
         ours = {self.folder, self.partial}  # which may lie in the dense folder
         others = other_files(dense.checkpoint.folder)
-        self.others = {file: path for file, path in others.items() if not ours & set(Path(os.path.realpath(path)).parents)}
+        self.others = {
+            file: path
+            for file, path in others.items()
+            if not ours & set(Path(os.path.realpath(path)).parents) and not file.endswith(CLAIM)
+        }
         self.shards: dict[str, SafetensorsFile] = {}  # a dense file -> its copy
         shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
         self.partial.mkdir(parents=True)
