@@ -24,7 +24,7 @@ from lib.evaluation import zero_shot
 from lib.evaluation.dense_cache import DenseCache
 from lib.evaluation.perplexity import perplexity, require_sensible
 from lib.models import loading, memory
-from lib.models.files.writer import writer
+from lib.models.files.writer import round_as_saved, writer
 from lib.pruning.prune import prune
 from lib.pruning.search import search
 from lib.results import card, record, tables
@@ -133,6 +133,8 @@ def prune_model(args: argparse.Namespace, run: Run, outcome: Outcome, trial: boo
                 written.write_block(decoder, pruned.index, settings.targets.get(pruned.index, ()))
     if run.plan.streamed:
         decoder.source = written.tensors()
+    elif args.save_model and settings.changes_survivors and not trial:  # what is measured is what is saved
+        round_as_saved(decoder, run.outline.folder, settings.targets)
     return replace(outcome, zeros=zeros, errors=errors)
 
 

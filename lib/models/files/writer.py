@@ -4,6 +4,7 @@ import tempfile
 from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from lib.models.files.pruned_checkpoint import Store
 
 class Scratch:
     """Pruned tensors of a streamed run that writes no checkpoint, as the run has them: a file for each block, in a temporary
-    folder that is gone when the tensors are."""
+    folder that is gone when the tensors are. `rounded`: as a checkpoint that another process writes has them."""
 
-    def __init__(self, beside: Path | None, dense: Mapping[str, torch.Tensor]):
+    def __init__(self, beside: Path | None, dense: ModelTensors, rounded: bool = False):
         self.folder = tempfile.TemporaryDirectory(dir=beside)
         self.dense = dense
+        self.rounded = rounded
         self.index: dict[str, dict] = {}
 
     def write_block(self, decoder: Decoder, i: int, pruned: Collection[str]) -> None:
@@ -32,6 +34,8 @@ class Scratch:
         path, tensors = Path(self.folder.name, f"{prefix}safetensors"), {matrices[name].tensor_name for name in pruned}
         state = decoder.blocks[i].state_dict()
         values = {prefix + name: value.cpu().contiguous() for name, value in state.items() if name in tensors}
+        if self.rounded:
+            values = {name: value.to(_stored_dtype(self.dense, name)).to(value.dtype) for name, value in values.items()}
         save_file(values, path)
         self.index |= {name: {"safetensors_file": str(path), "weight_name": name} for name in values}
 
@@ -70,7 +74,8 @@ def writer(
         written = Store(save_model, dense, updated)
     elif decoder.source is not None:
         beside = Path(save_model).resolve().parent if save_model else None
-        written = Scratch(beside if beside and beside.is_dir() else None, decoder.source)
+        rounded = bool(save_model) and updated and not trial
+        written = Scratch(beside if beside and beside.is_dir() else None, decoder.source, rounded)
     try:
         yield written
         if written:
@@ -79,3 +84,24 @@ def writer(
         if written:
             written.discard()
         raise
+
+
+@torch.no_grad()
+def round_as_saved(decoder: Decoder, model: str, targets: Mapping[int, Collection[str]]) -> None:
+    """Give updated weights of a resident model the values that they have in its checkpoint, whose dtype may be another one.
+
+    `model`: the dense model's folder. `targets`: {block: names of its matrices that were pruned}.
+    """
+    dense = ModelTensors(Checkpoint(model), decoder.model)
+    for i, names in targets.items():
+        state, matrices = decoder.blocks[i].state_dict(), decoder.matrices(i)
+        for name in {matrices[name].tensor_name for name in names}:
+            dtype = _stored_dtype(dense, decoder.prefixes[i] + name)
+            if dtype != state[name].dtype:
+                state[name].copy_(state[name].to(dtype))
+
+
+def _stored_dtype(dense: ModelTensors, name: str) -> torch.dtype:
+    """The dtype of what a tensor of the model is made from in the files."""
+    dtypes = [dense.checkpoint[key].dtype for key in dense.group_of[name].names]
+    return reduce(torch.promote_types, dtypes)
