@@ -117,7 +117,8 @@ def prune_model(args: argparse.Namespace, run: Run, outcome: Outcome, trial: boo
     """Prune, and write the checkpoint where one is asked for, unless it is a trial; a streamed model is read from there
     afterwards."""
     settings, decoder, zeros, errors = run.settings_with(outcome.best), run.decoder, {}, {}
-    with writer(decoder, run.outline.folder, args.save_model, settings.changes_survivors, trial) as written:
+    how = {"targets": settings.targets, "updated": settings.changes_survivors, "trial": trial}
+    with writer(decoder, run.outline.folder, args.save_model, **how) as written:
         for pruned in prune(
             decoder,
             run.calibration,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from lib.atomic import Claim, replace_file
 from lib.errors import InvalidInput
 from lib.gradients.sums import BlockSums
+from lib.models.host import room_in
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class GradientWork(MutableMapping):
                     tensors[f"{norm}/plain/{name}"] = total.cpu()
                 else:  # the layout of autograd's gradients, see BlockSums.add
                     tensors[f"{norm}/transposed/{name}"] = total.T.contiguous().cpu()
-        replace_file(self._next() / f"block_{i:03d}.safetensors", lambda path: save_file(tensors, path))
+        with room_in(self.folder, "choose an --output_dir on a disk with room; --resume continues with what is there"):
+            replace_file(self._next() / f"block_{i:03d}.safetensors", lambda path: save_file(tensors, path))
 
     def __delitem__(self, i: int) -> None:
         raise TypeError("sums are deleted when the next are committed")

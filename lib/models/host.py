@@ -1,16 +1,26 @@
-"""Memory where the allocators are not enough: freed pages given back, tensors that live in a file, allocations that fail."""
+"""Memory and disks where their allocators are not enough: freed pages given back, tensors that live in a file, allocations that
+fail, disks that are full."""
 
 import atexit
 import ctypes
+import errno
 import math
 import os
+import shutil
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+
+from lib.errors import NoRoom
 
 LARGE = 2**20  # bytes
+FULL = (errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else []))  # Windows has no quotas of that name
+MORE_FOR_STATES = "set TMPDIR to a folder on a disk with room, or keep more in memory with a larger --activation_memory"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -56,21 +66,57 @@ def is_device_fault(error: BaseException) -> bool:
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in a temporary file that is gone when the tensor is. OSError: the disk has no room for it.
+    """An uninitialised tensor in a temporary file that is gone when the tensor is.
 
     Windows removes no file that is mapped: there it goes when the process ends.
+
+    Raises:
+        NoRoom: the disk has no room for it.
     """
-    handle, name = tempfile.mkstemp()
+    folder, size = temporary_folder(), math.prod(shape) * dtype.itemsize
+    require_room(folder, size, MORE_FOR_STATES)
+    with room_in(folder, MORE_FOR_STATES):
+        handle, name = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(handle):
+                if hasattr(os, "posix_fallocate"):  # now, and not by a signal when a page is written
+                    os.posix_fallocate(handle, 0, size)
+            return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        finally:
+            if os.name == "nt":
+                atexit.register(_remove, name)
+            else:
+                os.unlink(name)
+
+
+def temporary_folder() -> Path:
+    """Where temporary files go. NoRoom if there is no such folder, which is so as well where every one of them is full."""
     try:
-        with os.fdopen(handle):
-            if hasattr(os, "posix_fallocate"):  # now, and not by a signal when a page is written
-                os.posix_fallocate(handle, 0, math.prod(shape) * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    finally:
-        if os.name == "nt":
-            atexit.register(_remove, name)
-        else:
-            os.unlink(name)
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise NoRoom(f"{error.strerror}: set TMPDIR to a folder on a disk with room") from error
+
+
+def require_room(folder: Path, size: int, remedy: str, named: str | os.PathLike | None = None) -> None:
+    """Raise NoRoom if the disk of `folder`, which the message calls `named`, has less than `size` bytes free."""
+    if size > (free := shutil.disk_usage(folder).free):
+        raise NoRoom(f"{named or folder} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: {remedy}")
+
+
+@contextmanager
+def room_in(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """Inside the context, files are written to `folder`: a disk that is full by then, or a quota, is one line.
+
+    Raises:
+        NoRoom: instead of what the system and safetensors raise.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in FULL or any(f"os error {number})" in str(error) for number in FULL)
+        if isinstance(error, NoRoom) or not full:
+            raise
+        raise NoRoom(f"{folder} has no room for what is written there ({error}): {remedy}") from error
 
 
 def _remove(name: str) -> None:

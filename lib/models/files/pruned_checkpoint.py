@@ -20,7 +20,9 @@ from lib.models.decoder import Decoder
 from lib.models.files.checkpoint import PRUNED_BY, Checkpoint, is_weights, open_safetensors, other_files
 from lib.models.files.conversion import ModelTensors
 from lib.models.files.safetensors_file import SafetensorsFile
+from lib.models.host import require_room, room_in
 
+MORE = "choose another --save_model"
 LEAVES_FIRST_COMES_LAST = "config.json"  # without it, a folder is no checkpoint
 
 
@@ -35,7 +37,7 @@ class Store:
         updated: surviving weights change as well; the files say so in their headers.
 
     Raises:
-        OSError: the disk has no room for it.
+        NoRoom: the disk has no room for it.
     """
 
     def __init__(self, folder: str | os.PathLike, dense: ModelTensors, updated: bool = False):
@@ -54,11 +56,11 @@ class Store:
         shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
         self.partial.mkdir(parents=True)
         size = sum(path.stat().st_size for path in [*dense.checkpoint.shards.values(), *self.others.values()])
-        if size > (free := shutil.disk_usage(self.partial).free):
+        try:
+            require_room(self.partial, size, MORE, folder)
+        except NoRoom:
             self.partial.rmdir()
-            raise NoRoom(
-                f"{folder} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: choose another --save_model"
-            )
+            raise
 
     def write_block(self, decoder: Decoder, i: int, pruned: Collection[str]) -> None:
         """Write the `pruned` matrices of block `i`, which is resident."""
@@ -84,18 +86,20 @@ class Store:
             if group.first not in done:  # of tensors made from the same ones in the files, all are carried back together
                 done.add(group.first)
                 for key, value in self.dense.carried_back(group.first, state).items():
-                    self._write(key, value.cpu(), name in in_part)
+                    with room_in(self.partial, MORE):
+                        self._write(key, value.cpu(), name in in_part)
 
     def finish(self) -> None:
         """Write all that is left, and put the checkpoint in place of an earlier one."""
-        for shard in self.dense.checkpoint.shards:
-            self._shard(shard)
-        if self.dense.checkpoint.index:
-            self._write_index()
-        for file, path in self.others.items():
-            (self.partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, self.partial / file)
-        self._put_in_place()
+        with room_in(self.partial, MORE):
+            for shard in self.dense.checkpoint.shards:
+                self._shard(shard)
+            if self.dense.checkpoint.index:
+                self._write_index()
+            for file, path in self.others.items():
+                (self.partial / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, self.partial / file)
+            self._put_in_place()
 
     def discard(self) -> None:
         """Leave nothing of an unfinished checkpoint."""
