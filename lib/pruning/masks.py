@@ -15,6 +15,7 @@ VARIANT_SHARE = 0.8  # of a row's total, at most, is removed by `--use_variant`
 VARIANT_TOLERANCE = 0.001  # of its bisection: on the sparsity reached, and on the bracket
 VARIANT_STEPS = 10  # VARIANT_SHARE halved so often is less than VARIANT_TOLERANCE
 RANKED_GROUP = 8  # groups up to this size are ranked by comparing all pairs, larger ones by selection (measured)
+TIES = 0.01  # of a matrix: more weights than are asked for, which equal the threshold, go with it
 PART = 2**21  # scores that are copied at a time
 
 
@@ -76,8 +77,19 @@ def per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def whole_matrix(score: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Remove every score not above the value at position `int(out * in * ratio)` of the ascending order."""
-    return score <= _selected(score.flatten(), int(score.numel() * ratio))
+    """Remove every score not above the value at position `int(out * in * ratio)` of the ascending order.
+
+    Where so many scores are equal, as in a ternary model, that this would be a share of more than TIES beyond `ratio`, only the
+    first of those that equal that value go, row by row, until `ratio` is reached.
+    """
+    count = int(score.numel() * ratio)
+    threshold = _selected(score.flatten(), count)
+    mask = score <= threshold
+    most = count + max(1, TIES * score.numel())
+    if score.device.type == "cpu" and torch.count_nonzero(mask) <= most:
+        return mask
+    in_order = _from_the_left(score.flatten()[None], threshold[None], count).view(score.shape)
+    return torch.where(torch.count_nonzero(mask) <= most, mask, in_order)
 
 
 def n_of_m(score: torch.Tensor, n: int, m: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What pruning a block has come to: its zeros, the errors of its outputs, whether its weights can be used; and the log's words."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -15,6 +16,8 @@ from lib.pruning.statistics import Inputs, point_out
 from lib.pruning.updates.recipe import relative_errors
 
 logger = logging.getLogger(__name__)
+
+APART = 0.01  # from the sparsity asked for, more is worth a line in the log
 
 # linear -> relative error of its outputs (masked alone, updated), the same two on windows held out where there are some;
 # "" -> the block's own (before reconstruction, after)
@@ -71,7 +74,19 @@ class Findings:
         for name, sound in zip(self.sound, numbers[len(counted) :], strict=True):
             if not sound:
                 raise NotFinite(f"{decoder.prefixes[i]}{name}: {_remedy(self.settings)}")
+        self._point_out_other_sparsities(decoder.prefixes[i], i, zeros)
         return PrunedBlock(i, block, zeros, _as_numbers(i, self.errors) if self.errors else {})
+
+    def _point_out_other_sparsities(self, prefix: str, i: int, zeros: Zeros) -> None:
+        """Say which linears have another share of zeros than was asked for, and how large the difference is."""
+        reached = {name: zero / total for name, (zero, total) in zeros.items() if name in self.sound}
+        apart = {name: share - self.settings.targets[i][name].ratio for name, share in reached.items()}
+        far = [name for name, difference in apart.items() if abs(difference) > APART]
+        if far:
+            worst = max(far, key=lambda name: abs(apart[name]))
+            what = f"have another sparsity than the one asked for, {worst} {reached[worst]:.4f} instead of "
+            what += f"{self.settings.targets[i][worst].ratio:.4f} (weights that are zero already, equal scores, few inputs)"
+            point_out(prefix, far, len(zeros), what)
 
 
 def share_of_zeros(zeros: dict[int, Zeros]) -> float:
@@ -114,9 +129,12 @@ def _as_numbers(i: int, errors: dict[str, torch.Tensor]) -> Errors:
     linears = [error for name, error in numbers.items() if name]
     said = []
     for what, pairs in ("", [error[:2] for error in linears]), (" on windows held out", [e[2:] for e in linears if e[2:]]):
-        if pairs:
-            before, after = (sum(of_all) / len(pairs) for of_all in zip(*pairs, strict=True))
+        defined = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if defined:
+            before, after = (sum(of_all) / len(defined) for of_all in zip(*defined, strict=True))
             said.append(f"of its linears{what} {before:.4f} masked, {after:.4f} updated (mean)")
+        if len(defined) < len(pairs):
+            said.append(f"of {len(pairs) - len(defined)} linears{what} undefined, since their outputs are zero")
     if "" in numbers:
         said.append("of its output {:.4f}, {:.4f} reconstructed (windows held out)".format(*numbers[""]))
     logger.info("block %d: relative error %s", i, ", ".join(said))

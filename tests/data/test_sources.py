@@ -239,6 +239,7 @@ def test_a_hub_out_of_reach_is_one_error_soon(tmp_path, hub, case, monkeypatch):
         "lib.models.files.hub.hf_hub_url", lambda *file, **options: f"http://127.0.0.1:{hub.server_address[1]}/{file}"
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", case == "offline")
+    monkeypatch.setattr("lib.models.files.hub.PATIENCE", 2.5)  # as HF_HUB_ETAG_TIMEOUT sets it, so that the test is short
     if case == "not there":
         Hub.files.clear()
     elif case != "offline":

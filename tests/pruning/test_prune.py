@@ -207,3 +207,28 @@ def test_sparsegpt_names_a_linear_whose_inputs_are_not_finite():
 def test_ratio_zero_removes_nothing():
     decoder = tiny_decoder()
     assert share_of_zeros(prune_model(decoder, None, method="magnitude", sparsity=Sparsity(0.0))) == 0
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_another_sparsity_than_the_one_asked_for_is_said(method, caplog):
+    """Of weights that are zero already, here; nothing is said where all is as it was asked for."""
+    decoder = tiny_decoder()
+    prune_model(decoder, random_windows(N), method=method, sparsity=Sparsity(0.5))
+    assert "sparsity than the one asked for" not in caplog.text
+    decoder = tiny_decoder()
+    with torch.no_grad():
+        decoder.linears(1)["mlp.up_proj"].weight[:40] = 0
+    prune_model(decoder, random_windows(N), method=method, sparsity=Sparsity(0.25))
+    (line,) = [record.message for record in caplog.records if "sparsity than the one asked for" in record.message]
+    assert line.startswith("1 of 7 matrices in model.layers.1 have another") and "mlp.up_proj 0.8" in line
+    assert "instead of 0.2500" in line
+
+
+def test_magnitude_of_ternary_weights_removes_what_it_was_asked_to():
+    decoder = tiny_decoder()
+    with torch.no_grad():
+        for i in range(len(decoder)):
+            for linear in decoder.linears(i).values():
+                linear.weight.copy_(linear.weight.sign())
+    zeros = prune_model(decoder, None, method="magnitude", sparsity=Sparsity(0.5))
+    assert share_of_zeros(zeros) == pytest.approx(0.5, abs=0.01)

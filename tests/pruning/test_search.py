@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_decoder
+from conftest import DEVICE, tiny_decoder
 from test_commands import run, windows_measured
 
 import main as pruning
@@ -89,7 +89,7 @@ def test_a_slope_is_chosen_on_windows_held_out(command, tmp_path, monkeypatch, m
     assert line == given
     held_out = [windows for windows in measured if len(windows) == count]
     assert len(held_out) == len(tried) and all(torch.equal(windows, held_out[0]) for windows in held_out)
-    model = loading.load(str(tmp_path / "given"), dtype="float32", device="cpu")
+    model = loading.load(str(tmp_path / "given"), dtype="float32", device=DEVICE)
     assert perplexity(model, held_out[0]) == pytest.approx(tried[chosen], rel=1e-5)
 
 

@@ -47,6 +47,7 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
     """
     check_name(name, revision)
     if Path(name).is_dir():
+        _refuse_adapter(name, Path(name))
         if not Path(name, CONFIG_NAME).is_file():
             raise MissingInput(f"{name} has no {CONFIG_NAME}, so it is not a model: give a folder that save_pretrained wrote")
         return name
@@ -70,9 +71,21 @@ def folder(name: str, *, revision: str | None = None, cache_dir: str | None = No
         raise MissingInput(
             f"{which} is neither a folder here nor in the hub's cache, and {hub.why_not()}: give --model a folder, or connect"
         ) from error
+    _refuse_adapter(name, Path(snapshot))
     if not Path(snapshot, CONFIG_NAME).is_file():
         raise MissingInput(f"{name} has no {CONFIG_NAME} (in {snapshot}): it is not a model, or was fetched only in part")
     return snapshot
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    """Refuse a folder with an adapter in it: transformers would load the model with it where peft is installed, and without it
+    elsewhere."""
+    for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / file).exists():
+            raise InvalidInput(
+                f"{name} holds an adapter ({file}), whose weights are not the model's: merge it first (merge_and_unload of peft, "
+                "then save_pretrained), or move its files away"
+            )
 
 
 def _weight_files(snapshot: Path) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 METADATA = "__metadata__"
+MARKS = ("pruned_by", "files", "updated")  # what this project writes there of one run, and not of those before it
 PIECE = 2**24  # bytes copied at a time
 
 
@@ -24,10 +25,15 @@ class SafetensorsFile:
 
     @classmethod
     def copy(cls, source: Path, target: Path, metadata: dict[str, str]) -> "SafetensorsFile":
-        """Copy a file and add `metadata` to its header. Everything else, every byte of the data included, stays the same."""
+        """Copy a file and put `metadata` into its header, in place of what has the same names there. Everything else, every byte
+        of the data included, stays the same.
+
+        A file with metadata has to say that its tensors are PyTorch's, or transformers refuses it; one without any need not.
+        """
         with open(source, "rb") as read, open(target, "wb") as write:
             header = json.loads(read.read(int.from_bytes(read.read(8), "little")))
-            header = {METADATA: header.get(METADATA, {}) | metadata} | {key: v for key, v in header.items() if key != METADATA}
+            earlier = {key: value for key, value in header.pop(METADATA, {}).items() if key not in MARKS}
+            header = {METADATA: {"format": "pt"} | earlier | metadata} | header
             text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # tensors stay aligned
             write.write(len(text).to_bytes(8, "little") + text)

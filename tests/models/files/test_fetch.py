@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from lib.errors import InvalidInput
+from lib.models.files.fetch import folder as folder_of
+
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 
 
@@ -117,3 +120,14 @@ def test_a_revision_is_another_folder(server, tmp_path):
 def test_a_name_that_the_hub_does_not_know(server, tmp_path):
     [said] = fetch(server, tmp_path / "cache", name="me/nothing")
     assert said == "the hub has no model me/nothing, or it is private: check the name, or log in with `hf auth login`"
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("beside_a_model", [True, False])
+def test_an_adapter_has_to_be_merged_first(saved_model, tmp_path, file, beside_a_model):
+    """transformers would apply it where peft is installed, and leave it out in silence elsewhere."""
+    if beside_a_model:
+        shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(InvalidInput, match=rf"holds an adapter \({file}\).*merge it first"):
+        folder_of(str(tmp_path))

@@ -8,7 +8,8 @@ import pytest
 import tiny_configs
 import torch
 import transformers
-from conftest import SMALL, prune_model, random_windows, tiny_model
+from conftest import DEVICE, SMALL, prune_model, random_windows, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -54,12 +55,12 @@ def gemma3_wrapper(folder, dtype=torch.float32):
 
 
 def sharded(folder, dtype=torch.float32):
-    tiny_model("qwen2", dtype).save_pretrained(folder, max_shard_size="20KB")
+    tiny_model("qwen2", dtype).cpu().save_pretrained(folder, max_shard_size="20KB")
 
 
 def extra_tensors(folder, dtype=torch.float32):
     """Such as the heads that predict several tokens: transformers does not load them."""
-    tiny_model("llama", dtype).save_pretrained(folder)
+    tiny_model("llama", dtype).cpu().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.eh_proj.weight"] = torch.randn(4, 8, dtype=torch.float64)
     tensors["mtp.count"] = torch.tensor(7)
@@ -68,7 +69,7 @@ def extra_tensors(folder, dtype=torch.float32):
 
 def without_prefix(folder, dtype=torch.float32):
     """A base model's checkpoint: no "model." before the names, no head."""
-    model = tiny_model("llama-gqa-tied", dtype)
+    model = tiny_model("llama-gqa-tied", dtype).cpu()
     model.model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
@@ -76,7 +77,7 @@ def without_prefix(folder, dtype=torch.float32):
 
 
 def mixed_dtypes(folder, dtype=torch.float32):
-    tiny_model("llama", dtype).save_pretrained(folder)
+    tiny_model("llama", dtype).cpu().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: tensor.double() if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "made": "elsewhere"})
@@ -95,7 +96,7 @@ def make(kind, folder, dtype=torch.float32):
 
 
 def pruned_to(folder, dense, ratio: float, streamed=False, dtype="float32"):
-    decoder = loading.load(str(dense), dtype=dtype, device="cpu", streamed=streamed)
+    decoder = loading.load(str(dense), dtype=dtype, device=DEVICE, streamed=streamed)
     targets = select(decoder, Sparsity(ratio))
     written = Store(folder, loading.dense_tensors(str(dense), decoder))
     prune_model(
@@ -155,7 +156,7 @@ def test_it_loads_with_transformers_and_streamed_equals_resident(kind, tmp_path)
     resident = pruned_to(tmp_path / "resident", dense, 0.5)
     pruned_to(tmp_path / "streamed", dense, 0.5, streamed=True)
     assert contents(tmp_path / "resident") == contents(tmp_path / "streamed")
-    loaded = type(resident.model).from_pretrained(tmp_path / "resident", dtype=torch.float32)
+    loaded = type(resident.model).from_pretrained(tmp_path / "resident", dtype=torch.float32).to(DEVICE)
     tokens = random_windows(1)
     assert torch.equal(loaded(input_ids=tokens).logits, resident.model(input_ids=tokens).logits)
 
@@ -173,7 +174,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
 
 def test_weights_in_pytorch_files(tmp_path):
     """They become safetensors of the same names and dtypes."""
-    model = tiny_model("llama", torch.float16)
+    model = tiny_model("llama", torch.float16).cpu()
     (tmp_path / "dense").mkdir()
     model.config.save_pretrained(tmp_path / "dense")
     state = model.state_dict()
@@ -192,7 +193,7 @@ def test_weights_in_pytorch_files(tmp_path):
         "model.safetensors.index.json",
     ]
     assert sorted(contents(tmp_path / "resident")) == names
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "resident", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "resident", dtype=torch.float32).to(DEVICE)
     tokens = random_windows(1)
     assert torch.equal(loaded(input_ids=tokens).logits, resident.model(input_ids=tokens).logits)
     assert Checkpoint(str(tmp_path / "resident"))["model.layers.2.mlp.up_proj.weight"].dtype == torch.float16
@@ -203,7 +204,7 @@ def test_an_earlier_checkpoint_goes_when_the_new_one_is_whole(tmp_path):
     pruned_to(tmp_path / "pruned", dense, 0.5)
     (tmp_path / "pruned" / "results.json").write_text("of the run")
     before = contents(tmp_path / "pruned")
-    decoder = loading.load(str(dense), dtype="float32", device="cpu")
+    decoder = loading.load(str(dense), dtype="float32", device=DEVICE)
     unfinished = Store(tmp_path / "pruned", loading.dense_tensors(str(dense), decoder))
     unfinished.write_block(decoder, 0, ["mlp.up_proj"])
     assert contents(tmp_path / "pruned") == before  # a process may die here
@@ -220,8 +221,8 @@ def test_an_earlier_checkpoint_goes_when_the_new_one_is_whole(tmp_path):
 
 
 def test_updated_weights_that_the_files_cannot_hold(tmp_path):
-    tiny_model("llama", torch.float16).save_pretrained(tmp_path / "dense")
-    decoder = loading.load(str(tmp_path / "dense"), dtype="float32", device="cpu")
+    tiny_model("llama", torch.float16).cpu().save_pretrained(tmp_path / "dense")
+    decoder = loading.load(str(tmp_path / "dense"), dtype="float32", device=DEVICE)
     written = Store(tmp_path / "pruned", loading.dense_tensors(str(tmp_path / "dense"), decoder), updated=True)
     decoder.blocks[1].mlp.up_proj.weight[3, 4] = 1e6
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has updated weights beyond 65504"):
@@ -231,7 +232,7 @@ def test_updated_weights_that_the_files_cannot_hold(tmp_path):
 
 def test_a_disk_without_room_is_known_before_the_work(tmp_path, monkeypatch):
     dense = make(sharded, tmp_path / "dense")
-    decoder = loading.load(str(dense), dtype="float32", device="cpu")
+    decoder = loading.load(str(dense), dtype="float32", device=DEVICE)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OSError, match=r"pruned needs 0\.\d GB, its disk has 0\.0 GB free"):
         Store(tmp_path / "pruned", loading.dense_tensors(str(dense), decoder))
@@ -285,7 +286,7 @@ def test_experts_that_were_not_pruned_keep_their_bits_in_an_updated_stack(kind, 
     """In a run in bfloat16, of a model whose files are in float32."""
     experts = {"num_local_experts": 4}
     tiny_configs.tiny_model(kind, num_hidden_layers=2, **experts).float().save_pretrained(tmp_path / "dense")
-    decoder = loading.load(str(tmp_path / "dense"), dtype="bfloat16", device="cpu")
+    decoder = loading.load(str(tmp_path / "dense"), dtype="bfloat16", device=DEVICE)
     targets = select(decoder, Sparsity.parse("2:4"), include=["*.experts.1.*", "*.q_proj"])
     dense = loading.dense_tensors(str(tmp_path / "dense"), decoder)
     written = Store(tmp_path / "pruned", dense, updated=True)
@@ -299,3 +300,24 @@ def test_experts_that_were_not_pruned_keep_their_bits_in_an_updated_stack(kind, 
         for name, matrix in decoder.matrices(i).items():
             before, after = (matrix.of(tensors[prefix + matrix.tensor_name]) for tensors in (dense, pruned))
             assert torch.equal(before, after) == (name not in targets[i]), name
+
+
+def test_files_without_metadata_are_loaded_elsewhere_as_the_dense_ones_are(tmp_path):
+    """transformers 4 takes a file without any, and refuses one whose metadata does not say that it is PyTorch's."""
+    tiny_model("llama").cpu().save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    save_file(load_file(file), file)
+    pruned_to(tmp_path / "pruned", tmp_path / "dense", 0.5)
+    with safe_open(tmp_path / "pruned" / "model.safetensors", "pt") as opened:
+        assert opened.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize("first, second", [(True, False), (False, True), (True, True), (False, False)])
+def test_the_mark_of_updated_weights_is_this_runs(tmp_path, first, second):
+    """Pruned once more, a model is the dense one of that run."""
+    tiny_model("llama").cpu().save_pretrained(tmp_path / "dense")
+    for source, target, updated in (("dense", "once", first), ("once", "twice", second)):
+        decoder = loading.load(str(tmp_path / source), dtype="float32", device="cpu")
+        written = Store(tmp_path / target, loading.dense_tensors(str(tmp_path / source), decoder), updated=updated)
+        written.finish()
+        assert Checkpoint(str(tmp_path / target)).updated == updated

@@ -1,6 +1,7 @@
 """Updates, stages and reconstruction in the loop over blocks."""
 
 import os
+import re
 from itertools import pairwise
 
 import pytest
@@ -138,7 +139,7 @@ def test_reconstruction_of_a_part_leaves_the_rest_alone():
 
 @pytest.mark.parametrize("recipe", [Recipe("obs"), Recipe("lsq", 4), Recipe("lsq", 2, 2), RECIPES["fast"]], ids=str)
 def test_streamed_is_resident(recipe, tmp_path):
-    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_model().cpu().save_pretrained(tmp_path, max_shard_size="20KB")
     weights = []
     for streamed in (False, True):
         decoder, found = loading.load(str(tmp_path), dtype="float32", device=DEVICE, streamed=streamed), {}
@@ -250,7 +251,7 @@ def of_one_rank(rank, world, port, folder):
     """What each of `world` processes does with its share of 17 windows."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    parallel.start(DEVICE)
+    parallel.start(torch.device("cpu"))
     found = {}
     for recipe in SHARED_RECIPES:
         errors = found[repr(recipe)] = {}  # on one window held out: the second process has none
@@ -264,6 +265,7 @@ def of_one_rank(rank, world, port, folder):
 SHARED_RECIPES = [Recipe("obs"), Recipe("lsq", 3), Recipe("lsq", 2, 2, 0.02), RECIPES["fast"]]
 
 
+@pytest.mark.two_processes
 def test_two_processes_end_alike_and_as_one_does(tmp_path):
     torch.multiprocessing.spawn(of_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     with torch.serialization.safe_globals([Recipe]):
@@ -314,3 +316,14 @@ def test_a_hessian_that_is_not_positive_definite_gives_no_weights(recipe):
     findings = Findings(Settings("wanda", {}, recipe=recipe))
     findings.watch("q_proj", updated)
     assert not findings.sound["q_proj"]
+
+
+def test_errors_of_outputs_that_are_zero_are_left_out_of_the_mean(caplog):
+    caplog.set_level("INFO")
+    decoder = tiny_decoder()
+    with torch.no_grad():
+        decoder.linears(0)["mlp.up_proj"].weight.zero_()
+    pruned(Recipe("lsq"), decoder=decoder)
+    (line,) = [record.message for record in caplog.records if record.message.startswith("block 0: relative error")]
+    assert "nan" not in line and "of 2 linears undefined, since their outputs are zero" in line
+    assert re.search(r"of its linears 0\.\d{4} masked, 0\.\d{4} updated \(mean\)", line)
