@@ -1,17 +1,21 @@
 """What a model must be to be pruned here: its blocks mostly matrices, and to be run one by one."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lib.errors import InvalidInput
+from lib.models.files.checkpoint import Checkpoint, open_safetensors
+from lib.models.files.conversion import ModelTensors
 from lib.models.host import is_device_fault, is_out_of_memory
 from lib.models.matrices import Matrix, kind_of
 
 MINIMUM_SHARE = 0.5  # of the blocks' weights, less makes a model not worth pruning
+# As headers of safetensors files and as torch call them.
+COMPUTED_WITH = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 TOLERANCE = {torch.float32: 1e-3}  # of a few tokens' loss, relative; in 16 bits:
 TOLERANCE_16 = 0.03
 
@@ -53,6 +57,37 @@ def require_prunable(decoder: Decoder) -> float:
             f"that can be pruned (the largest that does not: {largest[0]} {tuple(largest[1].shape)}): this is not worth pruning"
         )
     return prunable / total
+
+
+def require_dtypes(checkpoint: Checkpoint, outline: Callable[[], nn.Module]) -> None:
+    """InvalidInput if a matrix is stored in a dtype of quantised weights, which mean nothing without their scales.
+
+    transformers and torch convert them to the run's dtype all the same. `outline`: makes the model on the meta device, which
+    says what a tensor is; it is called only if there are such dtypes.
+    """
+    others = {key: dtype for key, dtype in _dtypes(checkpoint).items() if dtype not in COMPUTED_WITH}
+    if not others:
+        return
+    model = outline()
+    state, tensors = model.state_dict(), ModelTensors(checkpoint, model)
+    for name, group in tensors.group_of.items():
+        for key in others.keys() & set(group.names) if state[name].is_floating_point() and state[name].ndim > 1 else ():
+            raise InvalidInput(
+                f"{key} in {checkpoint.folder} is stored in {others[key]}: a quantised model cannot be pruned, load the one it was "
+                "made from"
+            )
+
+
+def _dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """{name in the files: dtype} of a checkpoint's tensors, from the files' headers."""
+    dtypes: dict[str, str] = {}
+    for shard, path in checkpoint.shards.items():
+        if shard.endswith(".safetensors"):
+            with open_safetensors(path) as file:
+                dtypes |= {key: file.get_slice(key).get_dtype() for key, where in checkpoint.where.items() if where == shard}
+        else:
+            dtypes |= {key: str(checkpoint[key].dtype) for key, where in checkpoint.where.items() if where == shard}
+    return dtypes
 
 
 @torch.no_grad()

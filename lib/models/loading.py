@@ -38,11 +38,13 @@ def load(
         streamed: load only embeddings, final norm and LM head, and leave the blocks in the checkpoint's files.
 
     Raises:
-        InvalidInput: the model cannot be pruned (see `Decoder`), or its weights are damaged or do not belong to its config.
+        InvalidInput: the model cannot be pruned (see `Decoder`), or its weights are damaged, quantised or do not belong to its
+            config.
         MissingInput: its folder has no weights, or not all of them.
     """
     device = resolve_device(device)
     config = read_config(name, trust_remote_code=trust_remote_code)
+    _require_dtypes(name, trust_remote_code)
     run_dtype = resolve_dtype(dtype, config, device)
     if dtype == "auto" and run_dtype == torch.float16 != getattr(config, "dtype", None) and not _has_bfloat16(device):
         logger.warning("%s does not compute in bfloat16 itself: using float16 instead", device)
@@ -202,6 +204,15 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def _require_dtypes(name: str, trust_remote_code: bool) -> None:
+    """See `checks.require_dtypes`. Files that cannot be read here are left to whoever reads them next."""
+    try:
+        checkpoint = Checkpoint(name)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # of an index, too
+        return
+    checks.require_dtypes(checkpoint, lambda: outline(name, trust_remote_code=trust_remote_code).model)
 
 
 def _require_whole(name: str, loading_info: dict) -> None:
