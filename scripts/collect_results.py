@@ -13,6 +13,7 @@ makes the tables of a page anew. Each stands between two lines such as
 
 import argparse
 import csv
+import math
 import re
 import shlex
 import statistics
@@ -143,7 +144,8 @@ def cell(group: list[Run], name: str) -> str:
     if name in ("dense", "perplexity", "rho", "sparsity"):
         values = [getattr(run, name) for run in group if getattr(run, name) is not None]
         places = 4 if name == "sparsity" else 2
-        spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 and name == "perplexity" else ""
+        deviation = spread_of(values) if name == "perplexity" else None
+        spread = "" if deviation is None else f" ± {deviation:.{places}f}"
         return f"{statistics.mean(values):.{places}f}{spread}" if values else ""
     if name == "seconds":
         return " + ".join(f"{value:.0f}" if value is not None else "-" for value in seconds_of(group).values())
@@ -151,6 +153,11 @@ def cell(group: list[Run], name: str) -> str:
         peaks = [run.peak_gb for run in group if run.peak_gb is not None]
         return f"{max(peaks):.2f}" if peaks else ""
     return setting(first, name)
+
+
+def spread_of(values: list[float]) -> float | None:
+    """The standard deviation of perplexities; None of a single one, or where one of them is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 def seconds_of(group: list[Run]) -> dict[str, float | None]:
@@ -186,7 +193,7 @@ def write_csv(path: Path, groups: list[list[Run]], columns: list[str] | None) ->
             "perplexity": statistics.mean(values),
             "rho": statistics.mean(rhos) if rhos else None,
         }
-        row |= {"perplexity_std": statistics.stdev(values) if len(values) > 1 else None, "sparsity": group[0].sparsity}
+        row |= {"perplexity_std": spread_of(values), "sparsity": group[0].sparsity}
         row |= {f"seconds_{name}": value for name, value in seconds_of(group).items()}
         rows.append(row | {"peak_gb": max((run.peak_gb or 0 for run in group), default=None)})
     with path.open("w", newline="") as file:

@@ -9,6 +9,9 @@ over seeds, and bars are their standard deviation.
 """
 
 import argparse
+import logging
+import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.cli import command, flags
 from lib.errors import InvalidInput
 from lib.results import figures, read
+from lib.results.errors_left import defined
 from lib.results.read import Run
+
+logger = logging.getLogger("plot_results")
+LONGEST_VALUE = 40  # characters of a setting in a legend
+LONGEST = 100  # characters of what a file's name says of a run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,8 +45,9 @@ def main(args: argparse.Namespace) -> None:
     runs = read.read(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
+    measured = _measured(runs)
     for draw in (sparsity_curve, alpha_curve, seconds, values_per_block):
-        for name, size, drawing in draw(runs):
+        for name, size, drawing in draw(measured if draw in (sparsity_curve, alpha_curve) else runs):
             themes = ["light", *["dark"] * args.dark]
             drawn += len(paths := figures.save(drawing, args.output / name, size, themes))
             print(*paths, sep="\n")
@@ -89,14 +98,14 @@ def alpha_curve(runs: list[Run]):
 def values_per_block(runs: list[Run]):
     """Values along the blocks: a figure for each results.json and each quantity that it has for every block."""
     of_main = [run for run in runs if run.by_block]  # rows of scripts/table.py have none
-    for name, run in zip(_names(of_main, set()), of_main, strict=True):
-        for quantity, by_block in run.by_block.items():
+    for name, run in zip(_file_names(_names(of_main, set())), of_main, strict=True):
+        for quantity, by_block in defined(run.by_block, run.source).items():
             label = {"sparsity": "share of zeros"}.get(quantity, quantity.replace("_", " "))
 
             def draw(figure, by_block=by_block, label=label):
                 figures.blocks(figure, by_block, label)
 
-            suffix = f"-{name.replace(', ', '-').replace(' ', '_').replace(':', '-')}" if len(of_main) > 1 else ""
+            suffix = f"-{name}" if len(of_main) > 1 else ""
             yield f"{quantity}_by_block{suffix}", (figures.PAGE, 2.6), draw
 
 
@@ -135,14 +144,42 @@ def _names(runs: list[Run], without: set[str]) -> list[str]:
     names: list[str] = []
     for run in runs:
         values = {name: run.settings[name] for name in differing if run.settings.get(name) is not None}
-        name = ", ".join([run.settings["method"], *(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in values.items())])
-        names.append(name if name not in names else f"{name}, seed {run.seed}")
+        name = ", ".join(
+            [run.settings["method"], *(_short(v if isinstance(v, str) else f"{k} {v}") for k, v in values.items())]
+        )
+        name = name if name not in names else f"{name}, seed {run.seed}"
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
+
+
+def _short(text: str) -> str:
+    """A text with its middle left out where it is too long for a legend, such as the shares of all blocks."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE // 2]}…{text[-LONGEST_VALUE // 2 :]}"
+
+
+def _file_names(names: list[str]) -> list[str]:
+    """Parts of file names, each of another run: safe on every file system, and different where capitals do not count."""
+    safe: list[str] = []
+    for name in names:
+        short = re.sub(r"[^A-Za-z0-9.+_-]+", "-", name.replace(", ", "-").replace(" ", "_"))[:LONGEST]
+        taken, number = {earlier.casefold() for earlier in safe}, 1
+        while (numbered := short if number == 1 else f"{short}-{number}").casefold() in taken:
+            number += 1
+        safe.append(numbered)
+    return safe
+
+
+def _measured(runs: list[Run]) -> list[Run]:
+    """The runs whose perplexity is a number; the log names the others."""
+    for run in runs:
+        if not math.isfinite(run.perplexity):
+            logger.warning("%s: the perplexity is %s, and left out of the curves", run.source, run.perplexity)
+    return [run for run in runs if math.isfinite(run.perplexity)]
 
 
 def _dense(runs: list[Run], curves) -> dict[str, float]:
     """{"dense": the dense perplexity}; empty unless all runs agree on it."""
-    perplexities = {round(run.dense, 2) for run in runs if run.dense} | {
+    perplexities = {round(run.dense, 2) for run in runs if run.dense and math.isfinite(run.dense)} | {
         round(run.perplexity, 2) for run in runs if run.settings["method"] == "dense"
     }
     return {"dense": perplexities.pop()} if len(perplexities) == 1 else {}

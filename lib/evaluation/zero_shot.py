@@ -73,7 +73,8 @@ def evaluate(decoder: Decoder, tokenizer, tasks: Tasks, batch: int = 1) -> dict:
     """The harness' results in the first process, {} in all others.
 
     {"harness": its version, "tasks": {name: {metric: value, metric_stderr: value or None, "documents": n, "num_fewshot": k}},
-    "mean": mean accuracy of the tasks and groups that `tasks` names}. Accuracies are in [0, 1]; "acc" is the paper's.
+    "mean": mean accuracy of the tasks and groups that `tasks` names}. Accuracies are in [0, 1]; "acc" is the paper's. A metric of
+    answers that a filter has picked out is "metric,filter", and its error "metric_stderr,filter".
     """
     import lm_eval
 

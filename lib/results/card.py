@@ -10,6 +10,7 @@ from huggingface_hub import CardData, metadata_load
 from lib.atomic import replace_file
 from lib.models.files.checkpoint import Checkpoint
 from lib.results import tables
+from lib.results.read import WITHOUT_EFFECT
 
 CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")  # metadata taken over from the dense model's card
@@ -19,7 +20,6 @@ PRUNING_FLAGS = (
     "layer_ratios", "recipe", "update", "stages", "asymmetric", "reconstruct",
 )  # fmt: skip
 CALIBRATION_FLAGS = ("dataset", "nsamples", "seq_length", "seed", "bos", "pack")
-WITHOUT_EFFECT = {"layer_no": -1, "update": "none", "stages": 1, "asymmetric": 0, "reconstruct": 0}  # values that do nothing
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # the folder of OWNER/NAME in the hub's cache
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InvalidInput, MissingInput
+from lib.results.errors_left import ByBlock, errors_left
 
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the status of a finished run; results of older versions have no status
 
-# Flags that are not settings of a run: no result depends on them, such as folders, or a `Run` has them in another form.
+# Flags that are not settings of a run: no perplexity depends on them, such as folders and the tasks of the harness, or a `Run`
+# has them in another form.
 LEFT_OUT = (
     "save", "save_model", "cache_dir", "data_dir", "gradient_path", "device", "memory", "activation_memory", "batch_size",
     "grad_norm", "grad_exponent", "force", "plots", "held_out", "seed", "prune_method", "sparsity_type", "sparsity_ratio",
+    "no_cache", "eval_zero_shot", "eval_dense", "tasks", "num_fewshot", "limit", "include_path",
 )  # fmt: skip
+WITHOUT_EFFECT = {"layer_no": -1, "update": "none", "stages": 1, "asymmetric": 0, "reconstruct": 0}  # values that do nothing
+AS_PUBLISHED = WITHOUT_EFFECT | {"bos": "first"}  # as in runs that do not have these flags
 UPDATES = ("update", "stages", "asymmetric", "reconstruct", "reconstruct_lr")
 FIRST = ("model", "method", "pattern", "ratio", "alpha", "norm", "nsamples", "seq_length", "dataset", "eval_dataset")
 OF_SOME = ("pattern", "ratio", "alpha", "norm")  # settings that some methods, or the dense model, do not have
@@ -41,8 +46,9 @@ class Run:
     sparsity: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_gb: float | None = None
-    by_block: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    by_block: dict[str, ByBlock] = field(default_factory=dict)
     source: str = ""
+    weights: str | None = None  # which the dense model's are, a checksum; older runs and rows of scripts/table.py do not say
     rho: float | None = None  # rise of the perplexity over the dense one, divided by that of SparseGPT with the same samples
 
     @property
@@ -66,16 +72,16 @@ def read(places: Iterable[str | Path]) -> list[Run]:
         InvalidInput: a file holds no results, or no place has a finished run.
     """
     runs: dict[tuple[str, int], Run] = {}
-    places = [Path(place) for place in places]
+    places, finished = [Path(place) for place in places], []
     for path in [file for place in places for file in _files(place)]:
         try:
-            runs_of_file = _runs_of(path)
+            finished += _runs_of(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"{path} holds no results of main.py or scripts/table.py ({error!r}): leave it out") from error
-        for run in runs_of_file:
-            if earlier := runs.get((run.key, run.seed)):
-                logger.warning("%s has the settings of %s, which is left out", run.source, earlier.source)
-            runs[run.key, run.seed] = run
+    for run in _with_models_told_apart(finished):
+        if earlier := runs.get((run.key, run.seed)):
+            logger.warning("%s has the settings of %s, which is left out", run.source, earlier.source)
+        runs[run.key, run.seed] = run
     if not runs:
         raise InvalidInput(
             f"there is no finished run in {', '.join(map(str, places))}: main.py writes results.json with --save"
@@ -100,6 +106,23 @@ def varying(runs: Iterable[Run]) -> list[str]:
     return [name for name, different in values.items() if len(different) > 1]
 
 
+def _with_models_told_apart(runs: list[Run]) -> list[Run]:
+    """The runs, in which models of one name and dtype but of different weights have these in their names."""
+
+    def name_of(run: Run) -> tuple:
+        return run.settings["model"], run.settings.get("dtype")
+
+    weights: dict[tuple, set[str]] = {}
+    for run in runs:
+        weights.setdefault(name_of(run), set()).update({run.weights} - {None})
+    return [
+        replace(run, settings=run.settings | {"model": f"{run.settings['model']} {run.weights[:8]}"})
+        if run.weights and len(weights[name_of(run)]) > 1
+        else run
+        for run in runs
+    ]
+
+
 def _files(place: Path) -> list[Path]:
     if place.is_dir():
         return sorted([*place.rglob("results.json"), *place.rglob("*.jsonl")])
@@ -118,10 +141,10 @@ def _runs_of(path: Path) -> list[Run]:
     if results.get("status", COMPLETE) != COMPLETE or perplexity["pruned"] is None:
         logger.warning("%s is of a run that has not ended, and is left out", path)
         return []
-    flags = results["flags"]
+    flags = results["flags"] | {"dtype": results["dtype"], **_shares(results)}
     return [
         Run(
-            _settings(flags, flags["prune_method"], flags["sparsity_type"], results["sparsity_asked"], dtype=results["dtype"]),
+            _settings(flags, flags["prune_method"], flags["sparsity_type"], results["sparsity_asked"]),
             flags["seed"],
             float(perplexity["pruned"]),
             float(perplexity["dense"]),
@@ -130,8 +153,18 @@ def _runs_of(path: Path) -> list[Run]:
             max(phase["peak_host_gb"] for phase in results["phases"].values()),
             _by_block(results),
             str(path),
+            results.get("weights"),
         )
     ]
+
+
+def _shares(results: dict) -> dict[str, str]:
+    """What the file of --layer_ratios said, as "0=0.3 *.o_proj=dense": of the file itself only its name is known."""
+    flag, shares = results["flags"].get("layer_ratios"), results.get("layer_ratios")
+    if not flag or not shares or re.fullmatch("line(:.*)?", flag):
+        return {}
+    texts = {name: share if isinstance(share, str) else repr(float(share)) for name, share in shares.items()}
+    return {"layer_ratios": " ".join(f"{name}={text}" for name, text in texts.items())}
 
 
 def _run_of_row(row: dict, source: str) -> Run:
@@ -154,8 +187,14 @@ def _run_of_row(row: dict, source: str) -> Run:
 def _settings(flags: dict, method: str, pattern: str, ratio: float | None, **more) -> dict[str, Any]:
     """What a result depends on; flags that are off are left out, because older runs do not have the newer flags."""
     settings = {
-        name: value for name, value in (flags | more).items() if name not in LEFT_OUT and value not in (None, False, [], "")
+        name: sorted(value) if name in ("include", "exclude") else value
+        for name, value in (flags | more).items()
+        if name not in LEFT_OUT and value not in (None, False, [], "") and value != AS_PUBLISHED.get(name)
     }
+    if isinstance(texts := settings.get("eval_dataset"), list):
+        settings["eval_dataset"] = texts[0]  # the perplexity of a `Run` is that on the first text
+    if settings.get("alpha") == "auto" or settings.get("layer_ratios") == "line":
+        settings["held_out"] = flags.get("held_out")  # on which values were compared
     forms = [form for name, form in FORMS.items() if settings.pop(name, False)]
     if not settings.get("reconstruct"):
         settings.pop("reconstruct_lr", None)  # nothing was trained
@@ -198,22 +237,6 @@ def _rho(run: Run, runs: Iterable[Run]) -> float | None:
     return (run.perplexity - dense[0]) / (reference[0] - dense[0])
 
 
-def _by_block(results: dict) -> dict[str, dict[str, dict[str, float]]]:
+def _by_block(results: dict) -> dict[str, ByBlock]:
     """{quantity: {block: {linear: value}}}, of the sparsity and of the errors that updates leave."""
     return {"sparsity": results.get("sparsity_by_block", {})} | errors_left(results.get("errors_by_block", {}))
-
-
-def errors_left(by_block: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """The errors that updates leave, from the "errors_by_block" of a results.json; quantities without values are left out.
-
-    {"error": {block: {linear, or "output" for the block's output: error}}, "error_held_out": the same for the linears alone}.
-    """
-    errors: dict[str, dict] = {"error": {}, "error_held_out": {}}
-    for i, block in by_block.items():
-        linears = block["linears"]
-        output = {"output": block["output"]["after"]} if block["output"] else {}
-        errors["error"][i] = {name: error["updated"] for name, error in linears.items()} | output
-        errors["error_held_out"][i] = {
-            name: error["updated_held_out"] for name, error in linears.items() if "updated_held_out" in error
-        }
-    return {quantity: blocks for quantity, blocks in errors.items() if any(blocks.values())}

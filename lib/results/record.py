@@ -14,7 +14,8 @@ import torch
 from lib.atomic import replace_file
 from lib.models.matrices import kind_of
 from lib.results import figures
-from lib.results.read import COMPLETE, errors_left
+from lib.results.errors_left import defined, errors_left
+from lib.results.read import COMPLETE
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _draw(path: Path, results: dict, plots: bool) -> None:
     """Draw sparsity.png, the errors that updates leave where there are any, and what --plots asks for."""
     zeros, ends = results["sparsity_by_block"], (".png", ".pdf") if plots else (".png",)
     figures.save(lambda figure: figures.blocks(figure, _by_kind(zeros), "share of zeros"), path / "sparsity", SIZE, ends=ends)
-    errors = errors_left(results["errors_by_block"])
+    errors = defined(errors_left(results["errors_by_block"]), str(path))
     for quantity, name in ERROR_FIGURES.items():
         if quantity in errors:
             label = "error left" if quantity == "error" else "error left, held out"

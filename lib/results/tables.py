@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+NO_METRICS = ("documents", "num_fewshot")  # what else the result of a task has
 UNITS = {"seconds": "seconds", "peak_host_gb": "host GB", "peak_gpu_gb": "GPU GB"}  # key of a phase -> its column
 
 
@@ -28,13 +29,15 @@ def perplexities(results: dict) -> str:
 
 
 def zero_shot(results: dict) -> str:
-    """Zero-shot results, a row for each task and metric, with standard errors where the harness has them; and the mean accuracy."""
+    """Zero-shot results, a row for each task, metric and filter of its answers, with standard errors where the harness has them;
+    and the mean accuracy."""
     models = results["zero_shot"]  # "dense" where it was scored, and "pruned"
     pruned = models["pruned"]
     rows = []
     for task, entry in pruned["tasks"].items():
+        errors = {_error_of(metric) for metric in entry}
         for metric in entry:
-            if not metric.endswith("_stderr") and f"{metric}_stderr" in entry:
+            if metric not in errors and metric not in NO_METRICS:
                 values = [_with_error(model["tasks"][task], metric) for model in models.values()]
                 rows.append([task, metric, str(entry["num_fewshot"]), str(entry["documents"]), *values])
     if pruned["mean"] is not None:
@@ -69,6 +72,12 @@ def last_lines(results: dict, text: str, saved: Sequence[str]) -> str:
     return "\n".join([*lines, *saved])
 
 
+def _error_of(metric: str) -> str:
+    """The key of a metric's standard error: that of "exact_match,strict-match" is "exact_match_stderr,strict-match"."""
+    name, comma, answers = metric.partition(",")
+    return f"{name}_stderr{comma}{answers}"
+
+
 def _with_error(entry: dict, metric: str) -> str:
-    error = entry[f"{metric}_stderr"]
-    return f"{entry[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    value, error = entry[metric], entry.get(_error_of(metric))
+    return "" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

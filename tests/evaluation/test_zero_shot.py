@@ -12,11 +12,13 @@ import torch
 from conftest import DEVICE, ROOT, tiny_model
 from own_task import NAME, needs_harness
 from test_commands import run
+from test_record import RESULTS
 from transformers import AutoModelForCausalLM
 
 import main as pruning
 from lib.evaluation import zero_shot
 from lib.models import loading
+from lib.results import card, tables
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,27 @@ def test_the_mean_is_over_what_was_asked_for(monkeypatch):
     }  # fmt: skip
     assert found["tasks"]["answers"]["exact_match,strict"] == 1.0
     assert found["harness"] == "1.2"
+
+
+def test_every_metric_of_every_filter_has_its_row(monkeypatch):
+    """As of gsm8k, whose answers are picked out by two filters, and of a metric that has no error."""
+    monkeypatch.setattr(zero_shot, "version", lambda package: "1.2")
+    filters = {"strict-match": 0.25, "flexible-extract": 0.5}
+    metrics = {f"exact_match,{name}": value for name, value in filters.items()}
+    metrics |= {f"exact_match_stderr,{name}": value / 10 for name, value in filters.items()}
+    gsm8k = {"alias": "gsm8k", "sample_len": 8, **metrics, "own,none": 3.0, "bits,none": "N/A"}
+    scored = zero_shot._summary({"group_subtasks": {}, "results": {"gsm8k": gsm8k}, "n-shot": {"gsm8k": 5}})
+    results = {"zero_shot": {"dense": scored, "pruned": scored}}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.zero_shot(results).splitlines()]
+    assert lines[2:] == [
+        ["gsm8k", "exact_match,strict-match", "5", "8", *["0.2500 ± 0.0250"] * 2],
+        ["gsm8k", "exact_match,flexible-extract", "5", "8", *["0.5000 ± 0.0500"] * 2],
+        ["gsm8k", "own", "5", "8", *["3.0000"] * 2],
+        ["gsm8k", "bits", "5", "8", "", ""],
+    ]
+    facts = {"versions": {}, "dtype": "float32", "device": "cpu"}
+    text = card.body(RESULTS | facts | results, "python main.py", calibrated=False, updated=False)
+    assert tables.zero_shot(results) in text
 
 
 def test_a_streamed_model_runs_as_a_whole(tmp_path):

@@ -1,15 +1,11 @@
 """Figures: what is drawn is what was measured, labelled, in colours that differ, on light pages and dark ones."""
 
-import json
-
 import numpy as np
 import plot_mask
-import plot_results
 import pytest
 from conftest import ROOT, prune_model, random_windows, tiny_decoder, tiny_model
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from test_collect_results import write
 
 from lib.models import loading
 from lib.pruning.masks import Sparsity
@@ -168,47 +164,6 @@ def test_the_mask_script(checkpoints, tmp_path, capsys):
     for wrong in (["a/b/c", "--linear", "x"], [str(one), "--linear", "x", "--names", "a", "b"], [str(one)]):
         with pytest.raises(SystemExit):
             plot_mask.parse(wrong)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """What the scripts draw: {name: [(drawing, arguments)]} instead of files."""
-    found = {}
-    for name in ("perplexity_lines", "perplexity_panels", "blocks", "phases"):
-        monkeypatch.setattr(figures, name, lambda figure, *args, name=name, **more: found.setdefault(name, (args, more)))
-    return found
-
-
-def test_results_become_curves(tmp_path, drawn, capsys):
-    for ratio in (0.3, 0.5):
-        for seed in (0, 1):
-            write(tmp_path, f"gblm{ratio}{seed}", 30 + 100 * ratio + seed, ratio, seed=seed)
-        write(tmp_path, f"wanda{ratio}", 30 + 100 * ratio, ratio, prune_method="wanda", alpha=None, gradient_path=None)
-    write(tmp_path, "alpha", 77.0, alpha=1000.0)
-    plot_results.main(plot_results.parse([str(tmp_path), "--output", str(tmp_path / "f")]))
-    (lines, _), more = drawn["perplexity_lines"]
-    assert lines == {
-        "gblm": [(30, 60.5, pytest.approx(0.5**0.5)), (50, 80.5, pytest.approx(0.5**0.5))],
-        "wanda": [(30, 60, 0), (50, 80, 0)],
-    }
-    assert more["level"] == {"dense": 20.0}
-    ((panels, _), _) = drawn["perplexity_panels"]
-    curves, level = panels["50 % unstructured"]
-    assert curves["gblm"] == [(100, 80.5, pytest.approx(0.5**0.5)), (1000, 77.0, 0)] and level == {"wanda": 80.0}
-    ((seconds,), _) = drawn["phases"]
-    assert len(seconds) == 7 and all(bar["prune"] == 3.0 for bar in seconds.values())
-
-
-def test_what_cannot_be_drawn_is_said(tmp_path, capsys):
-    write(tmp_path, "one")
-    plot_results.main(plot_results.parse([str(tmp_path), "--output", str(tmp_path / "f")]))
-    printed = capsys.readouterr().out
-    assert "perplexity against sparsity is left out" in printed and "the alpha curve is left out" in printed
-    assert {path.name for path in (tmp_path / "f").glob("*.png")} == {"seconds.png", "sparsity_by_block.png"}
-    row = json.loads((ROOT / "docs" / "results" / "smollm2-135m-c4.jsonl").read_text().splitlines()[0])
-    (tmp_path / "row.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match="show nothing that can be drawn"):
-        plot_results.main(plot_results.parse([str(tmp_path / "row.jsonl"), "--output", str(tmp_path / "g")]))
 
 
 def test_figures_of_the_documents_are_small_and_both_themes_are_there():

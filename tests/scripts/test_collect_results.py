@@ -116,12 +116,25 @@ def test_runs_of_other_settings_are_not_averaged(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"save": "x"}, {"batch_size": 4}, {"device": "cuda"}, {"exclude": []}, {"data_dir": "d"}], ids=str
-)
+    "change",
+    [
+        {"save": "x"}, {"batch_size": 4}, {"device": "cuda"}, {"exclude": []}, {"data_dir": "d"}, {"layer_no": -1}, {"stages": 1},
+        {"update": "none"}, {"asymmetric": 0.0}, {"reconstruct": 0}, {"reconstruct_lr": 0.01}, {"bos": "first"},
+        {"eval_dataset": ["text", "c4"]}, {"held_out": 4},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_places_and_flags_that_are_off_make_no_difference(change, tmp_path):
     write(tmp_path, "a")
     write(tmp_path, "b", seed=1, **change)
     assert len(read.by_settings(read.read([tmp_path]))) == 1
+
+
+def test_a_perplexity_that_is_no_number_has_no_spread(tmp_path):
+    write(tmp_path, "a", 40.0)
+    write(tmp_path, "b", "nan", seed=1)
+    (row,) = collect(tmp_path, "--output", tmp_path / "table")
+    assert row["perplexity"] == "nan" and row["perplexity_std"] == "" and row["markdown"]["perplexity"] == "nan"
 
 
 def test_lines_of_table_py_and_results_of_main_py_are_one(tmp_path):
