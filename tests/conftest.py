@@ -85,6 +85,14 @@ def pytest_configure(config):
         DEVICE = loading.resolve_device(config.getoption("device"))
 
 
+def pytest_collection_modifyitems(items):
+    """Two processes meet on the CPU: each needs a GPU of its own, and no other process knows the stand-in."""
+    if DEVICE.type != "cpu":
+        for item in items:
+            if item.get_closest_marker("two_processes"):
+                item.add_marker(pytest.mark.skip(reason="two processes on the CPU; scripts/gpu_check.py has them on GPUs"))
+
+
 def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float32, noise: float = 0.2, **changes):
     """A random model of a family, the same at every call: spread-out weights, and `noise` on biases and norms' weights."""
     name, own = TINY[family]

@@ -31,7 +31,7 @@ def kernels():
 
 
 def on(device, family: str = "llama-gqa-tied", dtype=torch.float32) -> Decoder:
-    return Decoder(tiny_model(family, dtype).to(device), device)
+    return Decoder(tiny_model(family, dtype).cpu().to(device), device)
 
 
 def windows_on_host() -> torch.Tensor:

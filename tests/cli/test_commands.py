@@ -358,7 +358,7 @@ def test_alpha_is_chosen_on_windows_held_out(flags, gradients, text, tmp_path, m
     assert (tmp_path / "auto" / same).read_bytes() == (tmp_path / "given" / same).read_bytes()
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert results["perplexity"]["pruned"] == again["perplexity"]["pruned"]
-    model = loading.load(tmp_path / "given", dtype="float32", device="cpu")
+    model = loading.load(tmp_path / "given", dtype="float32", device=DEVICE)
     assert original(model, held_out[0]) == pytest.approx(tried[chosen], rel=1e-5)
 
 

@@ -22,7 +22,7 @@ BOS, N, T = 1, 4, 16
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory, with_bos):
     folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
-    tiny_model("gemma2", noise=0).save_pretrained(folder)
+    tiny_model("gemma2", noise=0).cpu().save_pretrained(folder)
     with_bos.save_pretrained(folder)
     return folder
 
@@ -87,7 +87,7 @@ def test_no_bos_token_to_put_there(gemma, tokenizer, flags, tmp_path):
     without = copy.deepcopy(tokenizer)
     without.bos_token = None
     model = tmp_path / "model"
-    tiny_model("olmo2", noise=0).save_pretrained(model)
+    tiny_model("olmo2", noise=0).cpu().save_pretrained(model)
     without.save_pretrained(model)
     assert gradients(flags, model, tmp_path / "gradients")[1]["bos"] == "first"
     with pytest.raises(ValueError, match="olmo2 model has no BOS token .*--bos first"):

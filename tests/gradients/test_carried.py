@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, prune_model, random_windows
+from conftest import DEVICE, SMALL, prune_model, random_windows
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConfig
 
 from lib.evaluation.perplexity import perplexity
@@ -11,7 +11,6 @@ from lib.models import loading
 from lib.models.decoder import Decoder
 from lib.pruning.masks import Sparsity
 
-CPU = torch.device("cpu")
 KINDS = ["sliding_attention", "full_attention"]
 CONFIGS = {
     "gemma3n": lambda: Gemma3nTextConfig(
@@ -34,11 +33,11 @@ def model_of(kind: str, dtype=torch.float32):
             torch.nn.init.normal_(parameter, std=0.2)
         else:
             parameter.data += 0.2 * torch.randn_like(parameter)  # Gemma 3n would begin without its per-layer inputs
-    return model.to(dtype).eval()
+    return model.to(DEVICE, dtype).eval()
 
 
 def decoder_of(kind: str, dtype=torch.float32) -> Decoder:
-    return Decoder(model_of(kind, dtype), CPU)
+    return Decoder(model_of(kind, dtype), DEVICE)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -111,10 +110,10 @@ def test_every_sample_has_its_own(kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_streamed_is_resident(kind, tmp_path):
-    model_of(kind).save_pretrained(tmp_path)
+    model_of(kind).cpu().save_pretrained(tmp_path)
     windows, found = random_windows(3), []
     for streamed in (False, True):
-        decoder = loading.load(str(tmp_path), dtype="float32", device="cpu", streamed=streamed)
+        decoder = loading.load(str(tmp_path), dtype="float32", device=DEVICE, streamed=streamed)
         norms = ours(decoder, windows, keep_graph=not streamed, group=2)
         zeros = {}
 

@@ -84,8 +84,8 @@ def command(saved_model, documents, tmp_path):
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     return [
         "gradient_computation.py", "--model", saved_model, "--dataset", text, "--nsamples", 24, "--seq_length", 16, "--cache_dir", tmp_path,
-        "--dtype", "float32", "--memory", "streamed", "--activation_memory", 1e-6, "--norms", "l2", "--output_dir",
-    ]  # fmt: skip
+        "--dtype", "float32", "--device", "cpu", "--memory", "streamed", "--activation_memory", 1e-6, "--norms", "l2", "--output_dir",
+    ]  # fmt: skip; on the CPU, as two processes need a GPU each
 
 
 def wait_for(condition, process, seconds: float = 300):
@@ -147,7 +147,7 @@ def of_one_rank(rank, world, port, folder):
     parallel.stop()
 
 
-@pytest.mark.skipif("DEVICE.type != 'cpu'", reason="gloo; scripts/gpu_check.sh compares two processes over NCCL")
+@pytest.mark.two_processes
 def test_two_processes_give_the_sums_and_weights_of_one(tmp_path):
     torch.multiprocessing.spawn(of_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     norms = ours(tiny_decoder(), random_windows(5))
@@ -170,7 +170,7 @@ def test_main_with_two_processes(saved_model, documents, tmp_path, pattern):
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     command = [
         "main.py", "--model", saved_model, "--dataset", text, "--eval_dataset", text, "--nsamples", 5, "--seq_length", 16,
-        "--cache_dir", tmp_path, "--dtype", "float32", "--prune_method", "wanda", *pattern,
+        "--cache_dir", tmp_path, "--dtype", "float32", "--device", "cpu", "--prune_method", "wanda", *pattern,
     ]  # fmt: skip
     saved = ["--memory", "streamed", "--save", tmp_path / "two", "--save_model", tmp_path / "two" / "model"]
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, *saved)

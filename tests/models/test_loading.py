@@ -72,7 +72,7 @@ def test_a_model_with_code_of_its_own(memory, saved_model, documents, tmp_path, 
 
 
 def test_unused_weights_are_pointed_out(saved_model, tmp_path, caplog):
-    tiny_model(noise=0, num_hidden_layers=4).save_pretrained(tmp_path)
+    tiny_model(noise=0, num_hidden_layers=4).cpu().save_pretrained(tmp_path)
     shutil.copy(saved_model / "config.json", tmp_path)
     assert len(loading.load(str(tmp_path), device="cpu", dtype="float32")) == 3
     assert "tensors are not part of the model in its config.json, such as model.layers.3." in caplog.text
@@ -82,5 +82,5 @@ def test_unused_weights_are_pointed_out(saved_model, tmp_path, caplog):
     "family, expected", [("llama", (64, False)), ("opt", (64, True)), ("gemma3", (64, False)), ("gpt_neox", (64, False))]
 )
 def test_positions(family, expected, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path)
+    tiny_model(family).cpu().save_pretrained(tmp_path)
     assert positions(loading.outline(str(tmp_path))) == expected

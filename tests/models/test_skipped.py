@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, prune_model, random_windows
+from conftest import DEVICE, SMALL, prune_model, random_windows
 from safetensors.torch import load_file
 from test_commands import run
 from test_walk import SCALE, largest_difference, ours
@@ -27,7 +27,7 @@ def mllama() -> MllamaForCausalLM:
         model = MllamaForCausalLM(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.add_(1)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def whole_mllama() -> MllamaForConditionalGeneration:
@@ -41,7 +41,7 @@ def whole_mllama() -> MllamaForConditionalGeneration:
 
 
 def decoder() -> Decoder:
-    return Decoder(mllama(), torch.device("cpu"))
+    return Decoder(mllama(), DEVICE)
 
 
 def test_perplexity_is_that_of_the_plain_forward():

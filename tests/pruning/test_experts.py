@@ -112,7 +112,8 @@ def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, in
         gradients=lambda i: gradients_of(decoder, i),
         gradient_inv=inverse,
     )
-    pruned, gradients = decoder.linears(0), gradients_of(dense, 0)
+    pruned = decoder.linears(0)
+    gradients = {name: norm.to(DEVICE) for name, norm in gradients_of(dense, 0).items()}
     path, experts = experts_of(dense.blocks[0])
     for e in range(EXPERTS):
         tokens = [of_experts[e] for of_experts in reached]
@@ -130,7 +131,7 @@ def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, in
                 rows = same.all(dim=1)
                 assert torch.allclose(found[rows], expected[rows], atol=5e-3, rtol=5e-3)
             else:
-                assert same.float().mean() > 0.999
+                assert (~same).sum() <= 2  # rounding at the threshold flips a pair
                 assert torch.equal(found[found != 0], weight[found != 0])
 
 
