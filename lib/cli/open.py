@@ -18,6 +18,7 @@ from lib.models import loading, memory
 from lib.models.config import needs_bos, positions
 from lib.models.decoder import Decoder
 from lib.models.files import fetch
+from lib.models.files.older_readers import older_readers
 from lib.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def open_model(args: argparse.Namespace) -> Outline:
     """
     folder = fetch.folder(args.model, revision=args.revision, cache_dir=args.cache_dir)
     decoder = loading.outline(folder, trust_remote_code=args.trust_remote_code)
+    for misread in older_readers(folder):
+        logger.warning("%s: %s", args.model, misread)
     _check_length(args, decoder)
     tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
     return Outline(decoder, tokenizer, folder, _bos_of(args, decoder, tokenizer))
