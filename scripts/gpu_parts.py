@@ -11,17 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gpu_setup import (
-    Failed,
-    Setup,
-    both_commands,
-    command,
-    execute,
-    expect,
-    largest_difference,
-    norms_in,
-    stored,
-)  # fmt: skip
+from gpu_setup import Failed, Setup, both_commands, command, execute, expect, in_words, largest_difference, norms_in, stored
 
 from lib import parallel
 from lib.evaluation.perplexity import perplexity
@@ -203,7 +193,7 @@ def large(setup: Setup) -> str:
         shutil.rmtree(out)
     if setup.on_gpu:
         shutil.rmtree(model)
-    return f"{setup.blocks} blocks" if setup.on_gpu else "the small model"
+    return f"{f'{setup.blocks} blocks' if setup.on_gpu else 'the small model'}: {in_words(setup)}"
 
 
 def speed_2_4(setup: Setup) -> str:

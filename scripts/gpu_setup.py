@@ -105,6 +105,16 @@ def peak(setup: Setup) -> float:
     return max([*peaks, torch.cuda.max_memory_allocated() / 1e9 if setup.on_gpu else 0.0])
 
 
+def in_words(setup: Setup) -> str:
+    """The seconds, and the GPU memory, of the phases that were logged."""
+    words: dict[str, list[str]] = {}
+    for memory, phase, figures in setup.phases:
+        numbers = dict(figure.split() for figure in figures.split(", "))
+        gb = f" {numbers['peak_gpu_gb']} GB" if "peak_gpu_gb" in numbers else ""
+        words.setdefault(memory, []).append(f"{phase} {numbers['seconds']} s{gb}")
+    return "; ".join(f"{memory}: {', '.join(phases)}" for memory, phases in words.items())
+
+
 def command(setup: Setup, script: str, *arguments) -> None:
     """Run a command in this process, on the setup's device."""
     given = [*arguments, "--cache_dir", setup.folder / "cache", "--device", setup.device]

@@ -82,10 +82,11 @@ def test_sums_in_memory_are_saved_when_much_work_could_be_lost_and_not_more_ofte
 def command(saved_model, documents, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    # On the CPU: two processes need a GPU each, and no other process knows the stand-in.
     return [
         "gradient_computation.py", "--model", saved_model, "--dataset", text, "--nsamples", 24, "--seq_length", 16, "--cache_dir", tmp_path,
         "--dtype", "float32", "--device", "cpu", "--memory", "streamed", "--activation_memory", 1e-6, "--norms", "l2", "--output_dir",
-    ]  # fmt: skip; on the CPU, as two processes need a GPU each
+    ]  # fmt: skip
 
 
 def wait_for(condition, process, seconds: float = 300):
