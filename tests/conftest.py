@@ -99,8 +99,12 @@ def tiny_model(family: str = "llama-gqa-tied", dtype: torch.dtype = torch.float3
     config = getattr(transformers, name)(**{**SMALL, **own, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         spread(model, noise)
+        if dtype != torch.float32:  # the same weights, rounded: random numbers of another dtype can be others altogether
+            rounded = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            rounded.load_state_dict(model.state_dict())
+            model = rounded
     return model.eval().to(DEVICE)
 
 
