@@ -176,9 +176,9 @@ CASES = {
     "no heads": (GRADIENTS, 1, lambda p: p.config(num_attention_heads=0), "its config.json cannot be read"),
     "unknown activation": (MAIN, 1, lambda p: p.config(hidden_act="glow"), "its config.json cannot be read (KeyError: 'glow'): no model can be made of it"),
     "no blocks": (MAIN, 1, lambda p: p.config(num_hidden_layers=0), "LlamaForCausalLM has no list of decoder blocks"),
-    "encoder and decoder": (MAIN, 1, lambda p: p.config(model_type="t5"), "is a t5, not a decoder that predicts the next token"),
-    "encoder and decoder, BART": (MAIN, 1, lambda p: p.config(model_type="bart"), "is a bart, not a decoder that predicts the next token"),
-    "encoder": (GRADIENTS, 1, lambda p: p.config(model_type="bert"), "is a bert, not a decoder"),
+    "encoder and decoder": (MAIN, 1, lambda p: p.config(model_type="t5"), "is of type 't5', not a decoder that predicts the next token"),
+    "encoder and decoder, BART": (MAIN, 1, lambda p: p.config(model_type="bart"), "is of type 'bart', not a decoder that predicts the next token"),
+    "encoder": (GRADIENTS, 1, lambda p: p.config(model_type="bert"), "is of type 'bert', not a decoder"),
     "quantised": (MAIN, 1, lambda p: p.config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised (gptq): only dense weights can be pruned"),
     "code of its own": (MAIN, 1, lambda p: p.config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "runs code of its own (mine, auto_map in config.json): read it, then add --trust_remote_code"),
     "no tokenizer": (MAIN, 1, lambda p: [(p.model / f).unlink() for f in ("tokenizer.json", "tokenizer_config.json")], "its tokenizer cannot be read"),
@@ -249,7 +249,7 @@ def other_family(place: Place, family: str, folder: str = "other") -> Path:
     """Use a model of another family, with the same tokenizer."""
     path = place.root / folder
     shutil.copytree(place.model, path)
-    tiny_model(family, noise=0).save_pretrained(path)
+    tiny_model(family, noise=0).cpu().save_pretrained(path)
     if folder == "other":
         place.use("--model", path)
     return path

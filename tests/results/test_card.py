@@ -7,8 +7,8 @@ import pytest
 import yaml
 from conftest import tiny_model
 from huggingface_hub import metadata_load
-from test_pruned_checkpoint import contents
 from test_commands import run
+from test_pruned_checkpoint import contents
 
 from lib.results import card, tables
 
