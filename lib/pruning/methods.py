@@ -21,7 +21,7 @@ Score = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. `score` is a formula of scores.py, given of ||X||, ||G|| and alpha what the row says."""
+    """A row of the table. `score` is a formula of scores.py, given whichever of ||X||, ||G|| and alpha the row names."""
 
     score: Callable
     statistic: type | None = None  # of a linear's inputs, to have ||X|| from; None: the method does not look at activations
@@ -31,6 +31,10 @@ class Method:
     variant: bool = False  # accepts --use_variant
     inverse: Callable | None = None  # the formula under --gradient_inv, which takes no alpha
     solver: bool = False  # SparseGPT's solver chooses the mask, and updates as published; the score only orders stages
+
+    def __post_init__(self):
+        if (self.alpha or self.inverse) and not self.gradients:
+            raise ValueError("alpha and inverse are about the gradient term: the row needs gradients=True")
 
     def observes(self, recipe: Recipe = PUBLISHED) -> type | None:
         """The statistic that method and recipe need: a Hessian's diagonal holds the activation norm as well."""

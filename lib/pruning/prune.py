@@ -61,30 +61,33 @@ def prune(
             linears = {name: matrices[name] for name in targets}
             inputs, held_out_inputs = streams.observe(i, linears, settings)
             grad_norms = gradients(i) if settings.rule.gradients and linears else {}
-            experts, unused = unreached(decoder, i, linears, inputs, grad_norms, settings)
+            unreached_experts, stay_dense = unreached(
+                decoder, i, linears, inputs, grad_norms, settings
+            )  # which says so in the log
             findings = Findings(settings)
             for name, linear in linears.items():
                 weight, target, grad_norm = linear.weight, targets[name], grad_norms.get(name)
-                if name in unused:
+                if name in stay_dense:
                     continue
-                if name in experts:
+                if name in unreached_experts:  # nothing is known of their inputs: by magnitude, row by row, whatever the method
                     weight.masked_fill_(mask_of(scores.magnitude(weight), target), 0)
                 elif settings.masks_only:
                     x_norm = inputs[name].x_norm if name in inputs else None
-                    score = score_of(weight, x_norm, grad_norm)  # |W| ||X|| + alpha |W| ||G||
+                    score = score_of(weight, x_norm, grad_norm)  # of gblm: |W| ||X|| + alpha |W| ||G||
                     mask = mask_of(score, target, group)
                     weight.masked_fill_(mask, 0)  # W[mask] = 0
                     findings.watch(name, score)
-                else:
+                else:  # the same score and mask, asked for once or in stages: `choose` below
                     updated = update(weight, inputs[name], grad_norm, target, settings, partial(findings.watch, name))
                     findings.measure(name, weight, updated, inputs[name], held_out_inputs.get(name))
                     weight.copy_(updated)
                 findings.watch(name, weight)
-            inputs.clear(), held_out_inputs.clear()  # not beside what training needs, nor the next block's
+            inputs.clear()  # not beside what training needs, nor the next block's
+            held_out_inputs.clear()
             if recipe.epochs and linears:
                 trained = {"count": streams.count, "epochs": recipe.epochs, "rate": recipe.rate}
                 findings.errors[""] = reconstruct(decoder, i, linears, streams.pruned, streams.dense, **trained)
-            yield findings.of_block(decoder, i, block, linears)
+            yield findings.of_block(decoder, i, block, linears)  # whoever asked writes it now
             streams.advance(i)
 
 
@@ -98,15 +101,15 @@ def update(
 ) -> torch.Tensor:
     """A weight (out, in) without what is removed, and the rest of it updated: by SparseGPT as published, which has a mask of its
     own, or as the recipe says. `watch` is given every score on the way."""
-    if settings.recipe.update == "none":
+    if settings.recipe.update == "none":  # as published
         return sparsegpt.solve(weight, inputs.hessian.clone(), target)
 
-    def choose(weight: torch.Tensor, share: float) -> torch.Tensor:
-        """The mask that the weights as they are by now ask for; of what it removes, the `share` of lowest score."""
-        score = settings.score(weight, inputs.x_norm, grad_norm)
+    def choose(current: torch.Tensor, share: float) -> torch.Tensor:
+        """The mask for the current weights; of what it removes, the `share` of lowest score."""
+        score = settings.score(current, inputs.x_norm, grad_norm)
         watch(score)
-        if settings.rule.solver:
-            mask = sparsegpt.solve(weight, inputs.hessian.clone(), target) == 0
+        if settings.rule.solver:  # only its mask: what is left is updated as the recipe says
+            mask = sparsegpt.solve(current, inputs.hessian.clone(), target) == 0
         else:
             mask = mask_of(score, target, settings.group)
         return mask if share == 1 else lowest_of(mask, score, share)

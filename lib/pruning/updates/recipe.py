@@ -85,6 +85,8 @@ def solve(
         current = goal.float()
         for share in shares(recipe.stages):
             current = sparsegpt.solve(current, hessian.clone(), choose(current, share))
+    elif recipe.update != "lsq":
+        raise ValueError(f"update {recipe.update!r} has no branch here")
     elif recipe.stages == 1:
         current = least_squares.solve(goal, choose(goal, 1), hessian.clone())
     else:
