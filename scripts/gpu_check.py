@@ -6,9 +6,8 @@
 
 Every part runs in a process of its own, and has a time limit; after one that
 fails, the next ones run all the same. At the end the findings are printed as a
-Markdown table, and the status is 1 if a part has failed. Without a GPU, --device
-cpu or standin (the tests' stand-in for a GPU) rehearses the parts with a small
-model.
+Markdown table, and the status is 1 if a part has failed. Without a GPU, a
+rehearsal takes a small model: --device cpu, or standin, the tests' stand-in.
 
 A block of LLaMA-2-7B takes 1.3 GB in --folder, which are freed at the end.
 """
@@ -63,20 +62,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu or standin to rehearse (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=4, help="number of blocks of the large model (default: %(default)s)")
     parser.add_argument("--folder", help="where models and results go (default: the system's temporary folder)")
-    args = parser.parse_args(argv)
-    if args.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            parser.error("there is no GPU here that torch can use: --device cpu rehearses the check without one")
-        needed, free = GB_PER_BLOCK * args.blocks + 3, shutil.disk_usage(args.folder or tempfile.gettempdir()).free / 1e9
-        if free < needed:
-            parser.error(
-                f"{free:.0f} GB are free for models, {args.blocks} blocks take {needed:.0f}: --folder, or fewer --blocks"
-            )
-    return args
+    return parser.parse_args(argv)
+
+
+def require_room(args: argparse.Namespace) -> None:
+    """End with one line where there is no GPU, or no room for the large model."""
+    if not args.device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check: there is no GPU here that torch can use: --device cpu rehearses the check without one")
+    needed, free = GB_PER_BLOCK * args.blocks + 3, shutil.disk_usage(args.folder or tempfile.gettempdir()).free / 1e9
+    if free < needed:
+        sys.exit(f"gpu_check: {free:.0f} GB are free, {args.blocks} blocks take {needed:.0f}: use --folder, or fewer --blocks")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the parts that are asked for, and print the table; returns the exit status."""
+    require_room(args)
     with tempfile.TemporaryDirectory(dir=args.folder, ignore_cleanup_errors=True) as folder:
         setup = Setup(args.device, Path(folder), args.blocks)
         prepare(setup)

@@ -53,11 +53,10 @@ def test_what_does_not_hold_is_said(capsys):
     assert capsys.readouterr().out == "2 is 3\n"
 
 
-def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch, capsys):
+def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch):
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        gpu_check.parse([])
-    assert "--device cpu rehearses" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--device cpu rehearses"):
+        gpu_check.main(gpu_check.parse([]))
 
 
 def rehearse(device: str, parts: list[str]) -> None:
