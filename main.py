@@ -25,6 +25,7 @@ from lib.evaluation.dense_cache import DenseCache
 from lib.evaluation.perplexity import perplexity, require_sensible
 from lib.models import loading, memory
 from lib.models.files.writer import round_as_saved, writer
+from lib.pruning.outcome import NotFinite
 from lib.pruning.prune import prune
 from lib.pruning.search import search
 from lib.results import card, record, tables
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
                 with command.beside(error):
                     report(args, run, phases, outcome, f"pruned; {what} could not be measured: {error!r}")
                 raise
-        finish(args, run, report(args, run, phases, outcome, COMPLETE))
+        finish(args, run, phases, outcome)
 
 
 def measure_dense(args: argparse.Namespace, run: Run, phases: Phases) -> Outcome:
@@ -100,9 +101,12 @@ def search_flags(args: argparse.Namespace, run: Run, phases: Phases, outcome: Ou
         def perplexity_with(value, flag=flag, outcome=outcome) -> float:
             try:
                 prune_model(args, run, replace(outcome, best=outcome.best | {flag: value}), trial=True)
-                return measure(args, run, run.held_out, f"{flag} {value}")
-            finally:
+                measured = measure(args, run, run.held_out, f"{flag} {value}")
+            except NotFinite:  # of this value; a run that ends restores nothing
                 loading.restore(run.outline.folder, run.decoder)
+                raise
+            loading.restore(run.outline.folder, run.decoder)
+            return measured
 
         with phases(f"search {flag}"):
             best, tried = search(flag, values, perplexity_with)
@@ -162,24 +166,31 @@ def score_tasks(args: argparse.Namespace, run: Run, phases: Phases, outcome: Out
     return replace(outcome, accuracy=outcome.accuracy | {which: accuracy})
 
 
-def report(args: argparse.Namespace, run: Run, phases: Phases, outcome: Outcome, status: str) -> dict:
-    """What there is so far, in results.json and beside it if that is asked for; returns it as it is written."""
+def results_of(run: Run, phases: Phases, outcome: Outcome, status: str) -> dict:
+    """What there is so far, as results.json has it."""
     windows = {source: len(windows) for source, windows in run.evaluation.items()}
     facts = run.facts(outcome.best, outcome.zeros) | {"phases": phases.record}
-    results = record.results_of(outcome, status, windows, facts)
+    return record.results_of(outcome, status, windows, facts)
+
+
+def report(args: argparse.Namespace, run: Run, phases: Phases, outcome: Outcome, status: str) -> None:
+    """Write results.json and what lies beside it, if that is asked for."""
+    results = results_of(run, phases, outcome, status)
     if args.save and parallel.rank() == 0:
         record.write(args.save, results, args.plots)
-    return results
 
 
-def finish(args: argparse.Namespace, run: Run, results: dict) -> None:
-    """Print the end of the run; its last lines are the result."""
+def finish(args: argparse.Namespace, run: Run, phases: Phases, outcome: Outcome) -> None:
+    """The model card, results that say "complete", and the end of what is printed; its last lines are the result."""
+    results = results_of(run, phases, outcome, COMPLETE)
     parallel.stop()
     if parallel.rank() > 0:
         return
     if args.save_model and run.settings.targets:  # else the folder is the dense one, its own card included
         calibrated = run.calibration is not None or bool(run.searches)
         card.write(Path(args.save_model), results, f"python {shlex.join(sys.argv)}", calibrated)
+    if args.save:
+        record.write(args.save, results, args.plots)
     saved = [f"log.txt, results.json and sparsity.png saved in {args.save}"] if args.save else []
     saved += [f"pruned checkpoint saved in {args.save_model}"] if args.save_model else []
     logger.info("summary\n%s", tables.summary(results, saved))

@@ -1,7 +1,6 @@
 """What of main.py's flags contradicts each other, and what those mean that are not given: before anything is loaded."""
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,8 +89,12 @@ def _check_method(args: argparse.Namespace) -> None:
         raise InvalidInput(f"--layer_no {args.layer_no} is neither a block nor -1 (all)")
     sparsity_of(args)
     if method.gradients:
-        atomic.settle(Path(args.gradient_path))
-        if not os.path.exists(args.gradient_path):
+        try:
+            atomic.settle(Path(args.gradient_path))
+            there = Path(args.gradient_path).exists()
+        except OSError as error:
+            raise MissingInput(f"--gradient_path {args.gradient_path} cannot be read: {error}") from error
+        if not there:
             raise MissingInput(f"--gradient_path {args.gradient_path} does not exist: run gradient_computation.py first")
 
 

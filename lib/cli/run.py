@@ -149,6 +149,8 @@ def open_run(args: argparse.Namespace, device: torch.device, phases: Phases) -> 
         ratios = targets.ratios_of(decoder, args.layer_ratios, selection["sparsity"])
         settings = replace(settings, targets=targets.select(decoder, **selection, ratios=ratios))
     _tell(decoder, settings.targets)
+    if _searches(args):
+        loading.require_restorable(outline.folder, decoder)
     if gradients:
         with phases("check gradients"):
             gradients.check(decoder)

@@ -130,14 +130,27 @@ def dense_tensors(name: str, decoder: Decoder) -> ModelTensors:
     return decoder.source if decoder.source is not None else ModelTensors(Checkpoint(name), decoder.model)
 
 
+def require_restorable(folder: str, decoder: Decoder) -> None:
+    """Refuse now a model that `restore` could not do its work on.
+
+    Raises:
+        InvalidInput: a tensor that only a resident model can be made from.
+    """
+    dense = dense_tensors(folder, decoder)
+    for i, prefix in enumerate(decoder.prefixes):
+        for matrix in decoder.matrices(i).values():
+            if prefix + matrix.tensor_name not in dense:
+                raise InvalidInput(
+                    f"{folder} has no tensor for {prefix}{matrix.tensor_name} by itself: give the flag that is searched a value"
+                )
+
+
 @torch.no_grad()
 def restore(name: str, decoder: Decoder) -> None:
     """Give the matrices of a model's blocks their values in the checkpoint again, after a run has changed them.
 
-    A streamed model reads the checkpoint's files again instead of any other `source` it has been given.
-
-    Raises:
-        InvalidInput: the checkpoint has no tensor that by itself makes one of the model's.
+    A streamed model reads the checkpoint's files again instead of any other `source` it has been given. `require_restorable` says
+    whether it can be done.
     """
     dense = ModelTensors(Checkpoint(name), decoder.model)
     if decoder.source is not None:
@@ -146,10 +159,6 @@ def restore(name: str, decoder: Decoder) -> None:
     for i, prefix in enumerate(decoder.prefixes):
         state = decoder.blocks[i].state_dict()
         for tensor in {matrix.tensor_name for matrix in decoder.matrices(i).values()}:
-            if prefix + tensor not in dense:
-                raise InvalidInput(
-                    f"{name} has no separate tensor for {prefix}{tensor}: give the flag that is searched a value"
-                )
             state[tensor].copy_(dense[prefix + tensor])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from lib import parallel
 from lib.errors import NoRoom
@@ -43,16 +44,15 @@ class Needs:
 
     def of(self, decoder: Decoder, itemsize: int, state: int) -> dict[str, int]:
         """{what: bytes} of a resident run in a dtype of `itemsize` bytes with hidden states of `state` bytes, all of these kept."""
-        weights = sum(parameter.numel() for parameter in decoder.model.parameters())
-        in_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
+        in_blocks = [_numel(block) for block in decoder.blocks]
         shapes = [list(decoder.shapes(i).values()) for i in range(len(decoder))]
         # Linears with the same inputs share a Hessian, which a model that is only an outline does not tell: an upper bound.
         hessians = max(sum(4 * width**2 for _, width in block) for block in shapes)
         solver = max(4 * (SOLVER_SQUARES * width**2 + SOLVER_WEIGHTS * out * width) for block in shapes for out, width in block)
         trained = max(in_blocks) * (TRAINING_BYTES + itemsize) + GRAPH_WIDTH * state
         return {
-            "weights": weights * itemsize,
-            "sums of gradients": sum(in_blocks) * self.sums_per_weight,
+            "weights": _numel(decoder.model) * itemsize,
+            "sums of gradients": _numel(decoder.blocks) * self.sums_per_weight,
             "graph": len(decoder) * GRAPH_WIDTH * state * self.graph,
             "hidden states": self.hidden_states * state,
             "Hessians": hessians * self.hessians,
@@ -95,6 +95,11 @@ class Plan:
         """Samples of a group, in as few and as equal groups as the kept hidden states allow."""
         largest = max(1, int(self.hidden_states / (states_per_sample + self.arguments)))
         return math.ceil(nsamples / math.ceil(nsamples / largest))
+
+
+def _numel(module: nn.Module) -> int:
+    """The parameters of a module, those that parts of it share once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def container_bytes(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
@@ -148,9 +153,9 @@ def plan(
     needed = sum(held.values())
     streamed = memory == "streamed" or (memory == "auto" and needed > RESERVE * free)
     if streamed:
-        blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
-        held["weights"] -= (sum(blocks) - max(blocks)) * dtype.itemsize
-        held["sums of gradients"] = max(blocks) * needs.sums_per_weight
+        widest = max(_numel(block) for block in decoder.blocks)
+        held["weights"] -= (_numel(decoder.blocks) - widest) * dtype.itemsize
+        held["sums of gradients"] = widest * needs.sums_per_weight
         held["graph"] //= len(decoder)
     decided = Plan(streamed, max(1, int(budget // state)), bytes=held)
     logger.info(

@@ -6,6 +6,7 @@ selecting one value is enough.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -67,7 +68,7 @@ def mask_of(score: torch.Tensor, target: Sparsity, group: str = "row") -> torch.
         return n_of_m(score, target.n, target.m)
     if target.ratio == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    unstructured = {"row": per_row, "matrix": whole_matrix, "variant": variant}
+    unstructured = {"row": per_row, "matrix": partial(whole_matrix, cut_ties=True), "variant": variant}
     return unstructured[group](score, target.ratio)
 
 
@@ -76,15 +77,17 @@ def per_row(score: torch.Tensor, ratio: float) -> torch.Tensor:
     return _lowest(score, int(score.shape[-1] * ratio))
 
 
-def whole_matrix(score: torch.Tensor, ratio: float) -> torch.Tensor:
+def whole_matrix(score: torch.Tensor, ratio: float, cut_ties: bool = False) -> torch.Tensor:
     """Remove every score not above the value at position `int(out * in * ratio)` of the ascending order.
 
-    Where so many scores are equal, as in a ternary model, that this would be a share of more than TIES beyond `ratio`, only the
-    first of those that equal that value go, row by row, until `ratio` is reached.
+    `cut_ties`: where so many scores are equal, as in a ternary model, that this would be a share of more than TIES beyond `ratio`,
+    only the first of those that equal that value go, row by row, until `ratio` is reached.
     """
     count = int(score.numel() * ratio)
     threshold = _selected(score.flatten(), count)
     mask = score <= threshold
+    if not cut_ties:
+        return mask
     most = count + max(1, TIES * score.numel())
     if score.device.type == "cpu" and torch.count_nonzero(mask) <= most:
         return mask

@@ -53,8 +53,7 @@ def prune(
     """
     score_of, group, recipe = settings.score, settings.group, settings.recipe
     streams = Streams.enter(decoder, windows, held_out, settings, hidden_states)
-    described = {"desc": f"pruning ({settings.method})", "unit": "block", "disable": parallel.rank() > 0 or None}
-    for i in tqdm(range(len(decoder)), **described):
+    for i in tqdm(range(len(decoder)), f"pruning ({settings.method})", unit="block", disable=parallel.rank() > 0 or None):
         targets = settings.targets.get(i, {})
         with decoder.resident(i) as block:
             matrices = decoder.matrices(i)
@@ -82,8 +81,8 @@ def prune(
                     findings.measure(name, weight, updated, inputs[name], held_out_inputs.get(name))
                     weight.copy_(updated)
                 findings.watch(name, weight)
-            inputs.clear()  # not beside what training needs, nor the next block's
-            held_out_inputs.clear()
+            # Nothing of this block's stays beside what training needs, nor the next block's.
+            linear = weight = grad_norm = x_norm = score = mask = updated = inputs = held_out_inputs = None
             if recipe.epochs and linears:
                 trained = {"count": streams.count, "epochs": recipe.epochs, "rate": recipe.rate}
                 findings.errors[""] = reconstruct(decoder, i, linears, streams.pruned, streams.dense, **trained)

@@ -118,10 +118,12 @@ def read_ratios(path: str) -> dict[str, float | str]:
     Raises:
         OSError: no such file. ValueError: not a JSON object of numbers in [0, 1), N:M patterns and "dense".
     """
-    if not Path(path).is_file():
+    if not Path(path).exists() or Path(path).is_dir():
         raise MissingInput(f"--layer_ratios {path} is not a file, and neither line nor line:SLOPE, such as line:0.3")
     try:
         ratios = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise MissingInput(f"--layer_ratios {path} cannot be read: {error}") from error
     except ValueError as error:  # not JSON, or not text
         raise InvalidInput(f'--layer_ratios {path} is not JSON ({error}): {{"0": 0.3}} would be') from error
     if not isinstance(ratios, dict) or not ratios:

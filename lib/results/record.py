@@ -146,6 +146,9 @@ def write(folder: str, results: dict, plots: bool = False) -> None:
         _draw(path, results, plots)
     except Exception as error:  # the disk, fonts or a library may fail; the numbers are already written
         logger.warning("figures in %s could not be drawn (%s: %s)", folder, type(error).__name__, error)
+        for name in ("sparsity", "errors", "errors_held_out", "seconds"):  # an earlier run's
+            for end in (".png", ".pdf"):
+                path.joinpath(name + end).unlink(missing_ok=True)
 
 
 def _draw(path: Path, results: dict, plots: bool) -> None:

@@ -34,6 +34,10 @@ def test_matrix_threshold_is_the_value_at_the_position_and_goes_too():
     many = torch.rand(40, 50, generator=torch.Generator().manual_seed(0))
     many[0, :4] = many.flatten().sort().values[1000]  # ties of a few weights go together, as published
     assert masks.whole_matrix(many, 0.5).sum() > 1001
+    assert torch.equal(masks.mask_of(many, Sparsity(0.5), "matrix"), masks.whole_matrix(many, 0.5))
+    assert masks.whole_matrix(
+        torch.tensor([[0.0, 1.0], [1.0, 1.0]]), 0.25
+    ).all()  # SparseGPT's rule: zeros of a sparse model stay
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.9])
@@ -42,7 +46,7 @@ def test_where_most_weights_are_equal_no_more_go_than_were_asked_for(ratio, shap
     """Ternary weights, or those of four bits: the threshold is the value of a third of them, or of all."""
     generator = torch.Generator().manual_seed(1)
     for score in (torch.randint(2, shape, generator=generator).float(), torch.ones(shape), torch.zeros(shape)):
-        mask = masks.whole_matrix(score, ratio)
+        mask = masks.mask_of(score, Sparsity(ratio), "matrix")
         asked = int(score.numel() * ratio)
         assert asked <= mask.sum() <= asked + max(1, masks.TIES * score.numel())
         assert score[mask].max() <= score[~mask].min()
