@@ -26,7 +26,7 @@ ARROWS = {
     "errors": set(),
 }
 MODULES = sorted(path for path in (ROOT / "lib").rglob("*.py") if path.name != "__init__.py")
-LONGEST_MODULE, LONGEST_FUNCTION = 260, 60  # lines
+LONGEST_MODULE, LONGEST_FUNCTION = 250, 60  # lines
 SOURCES = [*MODULES, ROOT / "main.py", ROOT / "gradient_computation.py"]
 
 
