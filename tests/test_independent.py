@@ -160,7 +160,7 @@ def test_sparsegpt_in_the_first_block(entered, pruning, alone, pattern):
         assert (solved - expected).norm() < 1e-9 * expected.norm(), name
 
         # The damped Hessian's condition number is at most width / DAMPING + 1: no fp32 inverse need be better than that.
-        pruned, slack = solve(linear.weight, own[name].hessian, sparsity), (width / DAMPING + 1) * HALF_ULP
+        pruned, slack = solve(linear.weight, own[name].hessian.clone(), sparsity), (width / DAMPING + 1) * HALF_ULP
         best = squared_error(expected, linear.weight, hessian)
         assert squared_error(pruned, linear.weight, hessian) == pytest.approx(best, rel=slack), name
         assert ((pruned == 0).sum() - (expected == 0).sum()).abs() <= 1e-5 * pruned.numel(), name
