@@ -70,7 +70,9 @@ DEVICE = torch.device("cpu")  # where the tests' models are: `pytest --device`
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", default="cpu", help="of models and commands: cpu, cuda, or standin, the GPU without a GPU of accelerator.py"
+        "--device",
+        default="cpu",
+        help="where models are and commands run: cpu, cuda, or standin, which is accelerator.py's stand-in for a GPU",
     )
 
 

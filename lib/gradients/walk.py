@@ -33,7 +33,7 @@ class InMemory(dict):
         self.missing: dict[str, int] = {}
 
     def commit(self, done: int, missing: dict[str, int]) -> None:
-        """Do nothing: there is no file to write, as there is for `resume.GradientWork`."""
+        """Do nothing: these sums are not written to files, unlike those of `resume.GradientWork`."""
 
     def due(self) -> bool:
         return False

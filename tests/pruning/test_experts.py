@@ -131,7 +131,7 @@ def test_masks_of_every_expert_are_those_of_a_loop_over_experts(kind, method, in
                 rows = same.all(dim=1)
                 assert torch.allclose(found[rows], expected[rows], atol=5e-3, rtol=5e-3)
             else:
-                assert (~same).sum() <= 2  # rounding at the threshold flips a pair
+                assert same.float().mean() > 0.999
                 assert torch.equal(found[found != 0], weight[found != 0])
 
 
